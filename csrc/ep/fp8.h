@@ -1,0 +1,53 @@
+// FP8 e4m3 with one float32 scale per 128 channels, and BF16, the same bits on host and device.
+//
+// scale = max(amax, 1e-4) / 448; value = round_to_nearest_even(x * (448 / max(amax, 1e-4))).
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "ep/platform.h"
+#if defined(__CUDACC__)
+#include <cuda_fp8.h>
+#endif
+
+namespace ep {
+
+inline constexpr float kFp8Max = 448.0f;
+inline constexpr float kMinAmax = 1e-4f;
+
+EP_HD float bits_to_float(uint32_t u) {
+    float f;
+    memcpy(&f, &u, sizeof(f));
+    return f;
+}
+EP_HD uint32_t float_to_bits(float f) {
+    uint32_t u;
+    memcpy(&u, &f, sizeof(u));
+    return u;
+}
+EP_HD float bf16_to_float(uint16_t b) { return bits_to_float(static_cast<uint32_t>(b) << 16); }
+EP_HD uint16_t float_to_bf16(float f) {
+    const uint32_t u = float_to_bits(f);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);  // NaN
+    return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);  // nearest, ties to even
+}
+
+// Saturating, nearest even. Subnormals of e4m3 are multiples of 2^-9.
+inline uint8_t float_to_fp8(float f) {
+    const uint32_t u = float_to_bits(f);
+    const uint8_t sign = static_cast<uint8_t>((u >> 24) & 0x80u);
+    const uint32_t magnitude = u & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return static_cast<uint8_t>(sign | 0x7f);
+    const float a = bits_to_float(magnitude);
+    if (a >= kFp8Max) return static_cast<uint8_t>(sign | 0x7e);
+    if (a < 0.015625f) {  // 2^-6, the smallest normal
+        const float steps = std::nearbyintf(a * 512.0f);
+        return static_cast<uint8_t>(sign | static_cast<uint8_t>(steps));
+    }
+    const uint32_t rounded = magnitude + 0x7ffffu + ((magnitude >> 20) & 1u);
+    const uint32_t code = (rounded >> 20) - ((127u - 7u) << 3);
+    return static_cast<uint8_t>(sign | (code > 0x7eu ? 0x7eu : code));
+}
+
+}  // namespace ep

@@ -1,0 +1,87 @@
+// Addresses: this rank's view of everybody's heap, and of its own local memory.
+#pragma once
+
+#include "ep/layout.h"
+
+namespace ep {
+
+// Everything an operation needs to know besides its tensors. Passed to kernels by value.
+struct Context {
+    Shape shape;
+    HeapLayout layout;
+    LocalLayout local_layout;
+    int32_t rank;
+    FaultBoard* faults;
+    uint8_t* local;
+    uint8_t* heap[kMaxRanks];  // by rank; heap[rank] is this rank's own
+
+    EP_HD uint64_t* abort_word(int r) const {
+        return reinterpret_cast<uint64_t*>(heap[r] + HeapLayout::kAbortOffset);
+    }
+    EP_HD uint8_t* counts_at(int owner, int chain, uint64_t epoch, int source) const {
+        return heap[owner] + layout.counts_slot(shape, chain, epoch, source);
+    }
+    EP_HD uint8_t* dispatch_at(int owner, int chain, int source, int slot) const {
+        return heap[owner] + layout.dispatch_slot(shape, chain, source, slot);
+    }
+    EP_HD uint8_t* combine_at(int owner, int chain, int source, int slot) const {
+        return heap[owner] + layout.combine_slot(shape, chain, source, slot);
+    }
+
+    EP_HD const uint64_t* budget_ns() const {
+        return reinterpret_cast<const uint64_t*>(local + LocalLayout::kBudgetOffset);
+    }
+    template <class T>
+    EP_HD T* local_at(int chain, int64_t offset) const {
+        return reinterpret_cast<T*>(local + local_layout.chain(chain) + offset);
+    }
+    EP_HD ChainState* state(int chain) const {
+        return local_at<ChainState>(chain, local_layout.state_offset);
+    }
+    EP_HD StepStats* stats(int chain) const {
+        return local_at<StepStats>(chain, local_layout.stats_offset);
+    }
+    EP_HD int32_t* received(int chain) const {
+        return local_at<int32_t>(chain, local_layout.received_offset);
+    }
+    EP_HD int32_t* sent_slots(int chain, int token) const {
+        return local_at<int32_t>(chain, local_layout.sent_offset) +
+               static_cast<int64_t>(token) * shape.num_ranks;
+    }
+    EP_HD RowRef* refs(int chain, int source, int slot) const {
+        const int64_t message = static_cast<int64_t>(source) * shape.max_tokens + slot;
+        return local_at<RowRef>(chain, local_layout.refs_offset) + message * shape.topk;
+    }
+};
+
+// The tensors of a dispatch send. Rows are BF16, row_stride in elements.
+struct SendInput {
+    const uint16_t* x;
+    int64_t row_stride;
+    const void* topk_idx;  // [T, K] int32 or int64
+    int32_t idx_bytes;     // 4 or 8
+    const float* weights;  // [T, K]
+    int32_t num_tokens;    // rows of the tensors
+    const int32_t* num_valid;  // device scalar; nullptr: all rows are real
+
+    EP_HD int expert(int64_t entry) const {
+        if (idx_bytes == 4) return static_cast<const int32_t*>(topk_idx)[entry];
+        const int64_t wide = static_cast<const int64_t*>(topk_idx)[entry];
+        return wide < -1 || wide > 0x7fffffff ? -2 : static_cast<int>(wide);
+    }
+};
+
+// Where a dispatch receive puts rows. Arrays a format does not have are nullptr.
+struct RecvTarget {
+    Format format;
+    int32_t alignment;       // contiguous: each expert's first row is a multiple of it
+    uint8_t* x;              // batched [L, R*M, H], contiguous [rows, H], compact [R*M, H]
+    float* scales;           // the same rows, H/128 floats each
+    int32_t* recv_count;     // [L]
+    int32_t* expert_offset;  // contiguous: [L + 1]
+    int32_t* topk_idx;       // compact: [R*M, K] local expert or -1
+    float* topk_weights;     // compact: [R*M, K]
+    int32_t* num_messages;   // [R]
+};
+
+}  // namespace ep

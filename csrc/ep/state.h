@@ -1,0 +1,66 @@
+// Words that outlive an operation: epochs, statistics, faults.
+#pragma once
+
+#include "ep/shape.h"
+
+namespace ep {
+
+// Each word is written by one operation and read by the other; between the two lies a full
+// stream dependency, so neither needs a ticket. Dispatch works at epoch combined + 1.
+struct ChainState {
+    uint64_t dispatched;  // written at the end of dispatch, read by combine
+    uint64_t combined;    // written at the end of combine, read by dispatch
+};
+
+// Sums since the last reset (a graph's reset node zeroes them). One writer: the first CTA of an
+// operation. wait_ns holds the latest dispatch only: how long each source kept this rank waiting.
+struct StepStats {
+    uint64_t messages_sent;
+    uint64_t messages_received;
+    uint64_t rows_received;    // (message, local expert) pairs
+    uint64_t bytes_dispatched; // payload bytes sent to all ranks, this one included
+    uint64_t bytes_combined;
+    uint64_t wait_ns[kMaxRanks];
+};
+
+enum class FaultCode : uint32_t {
+    kNone = 0,
+    kTimeout = 1,   // peer did not arrive within the budget
+    kAborted = 2,   // rank `rank` gave up waiting for `peer` and told us
+    kDesync = 3,    // a tag from the future: ranks issued different sequences
+    kSequence = 4,  // dispatch twice, or combine without dispatch
+    kCount = 5,     // a peer announced more than the inbox holds
+    kRouting = 6,   // expert out of range, or twice in one token; not fatal
+};
+
+enum class Op : uint32_t { kNone = 0, kDispatch = 1, kCombine = 2 };
+
+struct Fault {
+    uint32_t code;   // written last; 0 means the record is empty
+    uint32_t op;
+    int32_t chain;
+    int32_t rank;    // who noticed
+    int32_t peer;    // who is to blame, or -1
+    uint32_t count;  // routing faults: entries dropped
+    uint64_t expected;
+    uint64_t seen;
+};
+
+// Host-mapped. `claimed` makes the first fatal fault win.
+struct FaultBoard {
+    Fault fatal;
+    Fault routing;
+    uint32_t claimed;
+    uint32_t routing_claimed;
+};
+
+// The abort word in a heap: who noticed what about whom. 0: all is well.
+EP_HD uint64_t pack_abort(FaultCode code, int rank, int peer) {
+    return (static_cast<uint64_t>(code) << 32) | (static_cast<uint64_t>(rank + 1) << 16) |
+           static_cast<uint64_t>(peer + 1);
+}
+EP_HD int abort_rank(uint64_t word) { return static_cast<int>((word >> 16) & 0xffff) - 1; }
+EP_HD int abort_peer(uint64_t word) { return static_cast<int>(word & 0xffff) - 1; }
+EP_HD FaultCode abort_code(uint64_t word) { return static_cast<FaultCode>(word >> 32); }
+
+}  // namespace ep
