@@ -1,0 +1,222 @@
+// The native module: shapes, layout, faults, CPU ranks and their memory.
+#include "bindings.h"
+
+#include <cerrno>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <vector>
+
+#include "host/faults.h"
+#include "host/host_rank.h"
+#include "host/memory.h"
+
+#if !defined(EP_WITH_CUDA)
+#define EP_WITH_CUDA 0
+#endif
+#if !defined(EP_CUDA_ARCHS)
+#define EP_CUDA_ARCHS ""
+#endif
+
+namespace ep {
+namespace {
+
+using host::HostMemory;
+using host::HostRank;
+using host::ShmSegment;
+using py::literals::operator""_a;
+
+constexpr int32_t kMaxAlignment = 1 << 16;
+
+// std::system_error -> OSError (FileExistsError, PermissionError, ... by errno).
+void translate_system_error(std::exception_ptr pending) {
+    try {
+        if (pending) std::rethrow_exception(pending);
+    } catch (const std::system_error& error) {
+        const py::object arguments = py::make_tuple(error.code().value(), error.what());
+        PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    }
+}
+
+Shape make_shape(int32_t num_ranks, int32_t num_experts, int32_t topk, int32_t hidden,
+                 int32_t max_tokens, int32_t num_chains, int32_t wire) {
+    const Shape shape{
+        num_ranks, num_experts, topk, hidden, max_tokens, num_chains, static_cast<Wire>(wire)};
+    if (const char* reason = invalid_reason(shape)) throw std::invalid_argument(reason);
+    return shape;
+}
+
+py::dict limits() {
+    py::dict d;
+    d["max_ranks"] = kMaxRanks;
+    d["max_topk"] = kMaxTopk;
+    d["max_hidden"] = kMaxHidden;
+    d["max_experts"] = kMaxExperts;
+    d["max_chains"] = kMaxChains;
+    d["max_tokens"] = kMaxTokens;
+    d["hidden_multiple"] = kScaleGroup;
+    return d;
+}
+
+py::dict layout(const Shape& shape) {
+    const HeapLayout heap = HeapLayout::make(shape);
+    const LocalLayout local = LocalLayout::make(shape);
+    py::dict d;
+    d["heap_bytes"] = heap.bytes;
+    d["local_bytes"] = local.bytes;
+    d["message_bytes"] = heap.message.bytes;
+    d["message_lines"] = heap.message.lines;
+    d["message_stride"] = heap.message.stride;
+    d["combine_stride"] = heap.combine_stride;
+    d["counts_stride"] = heap.counts.stride;
+    d["stats_offset"] = local.chain(0) + local.stats_offset;  // chain c: + c * stats_stride
+    d["stats_stride"] = local.chain_bytes;
+    d["stats_bytes"] = sizeof(StepStats);
+    return d;
+}
+
+RecvTarget make_target(int32_t format, int32_t alignment, uintptr_t x, uintptr_t scales,
+                       uintptr_t recv_count, uintptr_t expert_offset, uintptr_t topk_idx,
+                       uintptr_t topk_weights, uintptr_t num_messages) {
+    if (format < static_cast<int32_t>(Format::kBatched) ||
+        format > static_cast<int32_t>(Format::kCompact)) {
+        throw std::invalid_argument("format " + std::to_string(format) + " is not a RECV_*");
+    }
+    if (alignment < 1 || alignment > kMaxAlignment) {
+        throw std::invalid_argument("alignment " + std::to_string(alignment) + " is not in 1.." +
+                                    std::to_string(kMaxAlignment));
+    }
+    return RecvTarget{static_cast<Format>(format),   alignment,
+                      pointer<uint8_t>(x),           pointer<float>(scales),
+                      pointer<int32_t>(recv_count),  pointer<int32_t>(expert_offset),
+                      pointer<int32_t>(topk_idx),    pointer<float>(topk_weights),
+                      pointer<int32_t>(num_messages)};
+}
+
+FaultBoard* board_at(uintptr_t address) {
+    if (address == 0) throw std::invalid_argument("the address of a fault board is null");
+    return pointer<FaultBoard>(address);
+}
+
+void bind_constants(py::module_& m) {
+    m.attr("has_cuda") = py::bool_(EP_WITH_CUDA != 0);
+    m.attr("cuda_archs") = EP_WITH_CUDA ? EP_CUDA_ARCHS : "";
+    const auto add = [&m](const char* name, auto value) {
+        m.attr(name) = static_cast<int64_t>(value);
+    };
+    add("FAULT_NONE", FaultCode::kNone);
+    add("FAULT_TIMEOUT", FaultCode::kTimeout);
+    add("FAULT_ABORTED", FaultCode::kAborted);
+    add("FAULT_DESYNC", FaultCode::kDesync);
+    add("FAULT_SEQUENCE", FaultCode::kSequence);
+    add("FAULT_COUNT", FaultCode::kCount);
+    add("FAULT_ROUTING", FaultCode::kRouting);
+    add("OP_DISPATCH", Op::kDispatch);
+    add("OP_COMBINE", Op::kCombine);
+    add("WIRE_BF16", Wire::kBf16);
+    add("WIRE_FP8", Wire::kFp8);
+    add("RECV_BATCHED", Format::kBatched);
+    add("RECV_CONTIGUOUS", Format::kContiguous);
+    add("RECV_COMPACT", Format::kCompact);
+}
+
+void bind_shape(py::module_& m) {
+    py::class_<Shape>(m, "Shape")
+        .def(py::init(&make_shape), py::kw_only(), "num_ranks"_a, "num_experts"_a, "topk"_a,
+             "hidden"_a, "max_tokens"_a, "num_chains"_a, "wire"_a);
+    m.def("limits", &limits);
+    m.def("layout", &layout, "shape"_a);
+    py::class_<RecvTarget>(m, "RecvTarget")
+        .def(py::init(&make_target), py::kw_only(), "format"_a, "alignment"_a, "x"_a, "scales"_a,
+             "recv_count"_a, "expert_offset"_a, "topk_idx"_a, "topk_weights"_a, "num_messages"_a);
+}
+
+void bind_faults(py::module_& m) {
+    py::class_<Fault>(m, "Fault")
+        .def_readonly("code", &Fault::code)
+        .def_readonly("op", &Fault::op)
+        .def_readonly("chain", &Fault::chain)
+        .def_readonly("rank", &Fault::rank)
+        .def_readonly("peer", &Fault::peer)
+        .def_readonly("count", &Fault::count)
+        .def_readonly("expected", &Fault::expected)
+        .def_readonly("seen", &Fault::seen);
+    m.def("fault_bytes", [] { return sizeof(FaultBoard); });
+    m.def(
+        "read_fault", [](uintptr_t a) { return host::read_fault(board_at(a)->fatal); },
+        "address"_a);
+    m.def(
+        "read_routing_fault", [](uintptr_t a) { return host::read_fault(board_at(a)->routing); },
+        "address"_a);
+    m.def("clear_faults", [](uintptr_t a) { host::clear_faults(board_at(a)); }, "address"_a);
+}
+
+void host_dispatch_send(HostRank& rank, int chain, uintptr_t x, int64_t x_stride,
+                        uintptr_t topk_idx, int32_t idx_bytes, uintptr_t weights,
+                        int32_t num_tokens, uintptr_t num_tokens_address) {
+    rank.dispatch_send(chain, make_send_input(x, x_stride, topk_idx, idx_bytes, weights, num_tokens,
+                                              num_tokens_address));
+}
+
+void host_combine_send(HostRank& rank, int chain, uintptr_t y, int64_t y_stride) {
+    rank.combine_send(chain, pointer<const uint16_t>(y), y_stride);
+}
+
+void host_combine_recv(HostRank& rank, int chain, uintptr_t out, int32_t num_tokens,
+                       uintptr_t num_tokens_address) {
+    rank.combine_recv(chain, pointer<uint16_t>(out), num_tokens,
+                      pointer<const int32_t>(num_tokens_address));
+}
+
+void bind_host_rank(py::module_& m) {
+    py::class_<HostRank>(m, "HostRank")
+        .def(py::init<const Shape&, int, const std::vector<uintptr_t>&, uintptr_t, uintptr_t>(),
+             "shape"_a, "rank"_a, "heaps"_a, "local"_a, "fault"_a)
+        .def("dispatch_send", &host_dispatch_send, NoGil(), "chain"_a, "x"_a, "x_stride"_a,
+             "topk_idx"_a, "idx_bytes"_a, "weights"_a, "num_tokens"_a, "num_tokens_address"_a)
+        .def("dispatch_recv", &HostRank::dispatch_recv, NoGil(), "chain"_a, "target"_a)
+        .def("combine_send", &host_combine_send, NoGil(), "chain"_a, "y"_a, "y_stride"_a)
+        .def("combine_recv", &host_combine_recv, NoGil(), "chain"_a, "out"_a, "num_tokens"_a,
+             "num_tokens_address"_a)
+        .def("set_time_budget", &HostRank::set_time_budget, "nanoseconds"_a)
+        .def(
+            "read_stats",
+            [](const HostRank& rank, int chain) { return stats_dict(rank.read_stats(chain)); },
+            "chain"_a)
+        .def(
+            "read_state",
+            [](const HostRank& rank, int chain) {
+                const ChainState state = rank.read_state(chain);
+                return py::make_tuple(state.dispatched, state.combined);
+            },
+            "chain"_a)
+        .def("reset", &HostRank::reset, NoGil());
+}
+
+void bind_host_memory(py::module_& m) {
+    py::class_<HostMemory>(m, "HostMemory")
+        .def(py::init<int64_t>(), "num_bytes"_a)
+        .def_property_readonly("address", &HostMemory::address)
+        .def("close", &HostMemory::close);
+    py::class_<ShmSegment>(m, "ShmSegment")
+        .def(py::init<const std::string&, int64_t, bool>(), "name"_a, "num_bytes"_a, "create"_a)
+        .def_property_readonly("address", &ShmSegment::address)
+        .def("unlink", &ShmSegment::unlink)
+        .def("close", &ShmSegment::close);
+}
+
+}  // namespace
+}  // namespace ep
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Native core: addresses and stream handles are plain integers.";
+    pybind11::register_exception_translator(&ep::translate_system_error);
+    ep::bind_constants(m);
+    ep::bind_shape(m);
+    ep::bind_faults(m);
+    ep::bind_host_rank(m);
+    ep::bind_host_memory(m);
+#if EP_WITH_CUDA
+    ep::bind_cuda(m);
+#endif
+}

@@ -1,0 +1,233 @@
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "host/atomics.h"
+#include "host/faults.h"
+#include "host/host_rank.h"
+#include "host/waiter.h"
+
+namespace ep::host {
+namespace {
+
+void require_target(const Shape& shape, const RecvTarget& target) {
+    const auto require = [](bool holds, const char* what) {
+        if (!holds) throw std::invalid_argument(what);
+    };
+    require(target.x != nullptr, "RecvTarget.x must not be null");
+    require(target.recv_count != nullptr, "RecvTarget.recv_count must not be null");
+    require(target.num_messages != nullptr, "RecvTarget.num_messages must not be null");
+    require(shape.wire != Wire::kFp8 || target.scales != nullptr,
+            "RecvTarget.scales must not be null where rows are FP8");
+    require(target.format != Format::kContiguous ||
+                (target.expert_offset != nullptr && target.alignment >= 1),
+            "a contiguous RecvTarget needs expert_offset and an alignment of at least 1");
+    require(target.format != Format::kCompact ||
+                (target.topk_idx != nullptr && target.topk_weights != nullptr),
+            "a compact RecvTarget needs topk_idx and topk_weights");
+}
+
+// One dispatch receive. Peers' words are checked before they index anything.
+class Receive {
+  public:
+    Receive(const Context& context, int chain, const RecvTarget& target, uint64_t epoch)
+        : context_(context),
+          chain_(chain),
+          target_(target),
+          epoch_(epoch),
+          where_{Op::kDispatch, chain},
+          waiter_(context, where_, epoch),
+          local_experts_(context.shape.num_local_experts()),
+          words_(context.layout.counts.words),
+          counts_(static_cast<size_t>(context.shape.num_ranks) * words_),
+          next_row_(local_experts_) {}
+
+    // False: a fault is recorded; the epoch must not advance.
+    bool run() {
+        for (int s = 0; s < context_.shape.num_ranks; ++s) {
+            if (!read_counts(s)) return false;
+        }
+        write_counts();
+        for (int s = 0; s < context_.shape.num_ranks; ++s) {
+            if (!read_rows(s)) return false;
+        }
+        if (target_.format == Format::kCompact) end_compact();
+        write_stats();
+        return true;
+    }
+
+  private:
+    uint32_t num_messages(int source) const { return counts_[source * words_]; }
+    uint32_t num_rows(int source, int x) const { return counts_[source * words_ + 2 + x]; }
+
+    bool bad_count(int source, uint64_t limit, uint64_t seen) {
+        fail(context_, where_, FaultCode::kCount, source, limit, seen);
+        return false;
+    }
+
+    bool read_counts(int source) {
+        const CountsLayout& layout = context_.layout.counts;
+        uint8_t* slot = context_.counts_at(context_.rank, chain_, epoch_, source);
+        const bool arrived = waiter_.wait(tag_of(slot, layout.stride), source);
+        context_.stats(chain_)->wait_ns[source] = waiter_.take_blocked_ns();
+        if (!arrived) return false;
+        std::memcpy(counts_.data() + source * words_, slot, layout.bytes);
+
+        const Shape& shape = context_.shape;
+        const uint64_t messages = num_messages(source);
+        if (messages > static_cast<uint64_t>(shape.max_tokens)) {
+            return bad_count(source, shape.max_tokens, messages);
+        }
+        uint64_t rows = 0;
+        for (int x = 0; x < local_experts_; ++x) {
+            // A message holds an expert at most once.
+            if (num_rows(source, x) > messages)
+                return bad_count(source, messages, num_rows(source, x));
+            rows += num_rows(source, x);
+        }
+        const uint64_t most = messages * static_cast<uint64_t>(shape.topk);
+        return rows <= most || bad_count(source, most, rows);
+    }
+
+    // Also sets next_row_ to each expert's first row.
+    void write_counts() {
+        const int ranks = context_.shape.num_ranks;
+        for (int s = 0; s < ranks; ++s) {
+            target_.num_messages[s] = static_cast<int32_t>(num_messages(s));
+            context_.received(chain_)[s] = static_cast<int32_t>(num_messages(s));
+        }
+        int64_t offset = 0;
+        for (int x = 0; x < local_experts_; ++x) {
+            int64_t count = 0;
+            for (int s = 0; s < ranks; ++s) count += num_rows(s, x);
+            target_.recv_count[x] = static_cast<int32_t>(count);
+            rows_received_ += static_cast<uint64_t>(count);
+            if (target_.format == Format::kContiguous) {
+                target_.expert_offset[x] = static_cast<int32_t>(offset);
+                next_row_[x] = offset;
+                offset += round_up(count, target_.alignment);
+            } else {
+                next_row_[x] = static_cast<int64_t>(x) * context_.shape.max_messages();
+            }
+        }
+        if (target_.format == Format::kContiguous) {
+            target_.expert_offset[local_experts_] = static_cast<int32_t>(offset);
+        }
+    }
+
+    bool read_rows(int source) {
+        const int messages = static_cast<int>(num_messages(source));
+        bool good = true;
+        for (int slot = 0; good && slot < messages; ++slot) good = read_message(source, slot);
+        context_.stats(chain_)->wait_ns[source] += waiter_.take_blocked_ns();
+        for (int x = 0; x < local_experts_; ++x) next_row_[x] += num_rows(source, x);
+        return good;
+    }
+
+    bool read_message(int source, int slot) {
+        const MessageLayout& layout = context_.layout.message;
+        uint8_t* message = context_.dispatch_at(context_.rank, chain_, source, slot);
+        if (!waiter_.wait(tag_of(message, layout.stride), source)) return false;
+        Entry entries[kMaxTopk];
+        std::memcpy(entries, message + layout.entries, sizeof(Entry) * context_.shape.topk);
+        RowRef* refs = context_.refs(chain_, source, slot);
+        return target_.format == Format::kCompact ? place_message(message, entries, refs)
+                                                  : place_rows(source, message, entries, refs);
+    }
+
+    // The local number of an entry's expert, or -1.
+    int local_expert(const Entry& entry) const {
+        const int64_t x =
+            static_cast<int64_t>(entry.expert) - int64_t{context_.rank} * local_experts_;
+        return entry.expert >= 0 && x >= 0 && x < local_experts_ ? static_cast<int>(x) : -1;
+    }
+
+    // Batched and contiguous: one row for each of our experts.
+    bool place_rows(int source, const uint8_t* message, const Entry* entries, RowRef* refs) {
+        int used = 0;
+        for (int k = 0; k < context_.shape.topk; ++k) {
+            const int x = local_expert(entries[k]);
+            if (x < 0) continue;
+            const int32_t position = entries[k].position;
+            if (position < 0 || static_cast<uint32_t>(position) >= num_rows(source, x)) {
+                return bad_count(source, num_rows(source, x), static_cast<uint64_t>(position));
+            }
+            const int64_t row = next_row_[x] + position;
+            copy_row(message, row);
+            refs[used++] = {static_cast<int32_t>(row), entries[k].weight};
+        }
+        if (used < context_.shape.topk) refs[used] = {-1, 0.0f};
+        return true;
+    }
+
+    // Compact: one row for the message, and who of us wants it.
+    bool place_message(const uint8_t* message, const Entry* entries, RowRef* refs) {
+        const int topk = context_.shape.topk;
+        const int64_t row = next_message_++;
+        copy_row(message, row);
+        for (int k = 0; k < topk; ++k) {
+            const int x = local_expert(entries[k]);
+            target_.topk_idx[row * topk + k] = x;
+            target_.topk_weights[row * topk + k] = x < 0 ? 0.0f : entries[k].weight;
+        }
+        refs[0] = {static_cast<int32_t>(row), 1.0f};
+        if (topk > 1) refs[1] = {-1, 0.0f};
+        return true;
+    }
+
+    void copy_row(const uint8_t* message, int64_t row) {
+        const Shape& shape = context_.shape;
+        const int64_t bytes = shape.row_bytes();
+        std::memcpy(target_.x + row * bytes, message, bytes);
+        if (shape.wire != Wire::kFp8) return;
+        std::memcpy(target_.scales + row * shape.num_scales(),
+                    message + context_.layout.message.scales, sizeof(float) * shape.num_scales());
+    }
+
+    void end_compact() {
+        const int64_t topk = context_.shape.topk;
+        const int64_t end = context_.shape.max_messages() * topk;
+        for (int64_t i = next_message_ * topk; i < end; ++i) target_.topk_idx[i] = -1;
+    }
+
+    void write_stats() {
+        StepStats* stats = context_.stats(chain_);
+        for (int s = 0; s < context_.shape.num_ranks; ++s) {
+            stats->messages_received += num_messages(s);
+        }
+        stats->rows_received += rows_received_;
+    }
+
+    const Context& context_;
+    int chain_;
+    const RecvTarget& target_;
+    uint64_t epoch_;
+    Where where_;
+    Waiter waiter_;
+    int local_experts_;
+    int64_t words_;                  // of one counts message
+    std::vector<uint32_t> counts_;  // [R][words]: copies, so that what was checked is what is used
+    std::vector<int64_t> next_row_;  // [L]: first row of the current source
+    int64_t next_message_ = 0;
+    uint64_t rows_received_ = 0;
+};
+
+}  // namespace
+
+void HostRank::dispatch_recv(int chain, const RecvTarget& target) {
+    require_chain(chain);
+    require_target(context_.shape, target);
+    const Where where{Op::kDispatch, chain};
+    if (!may_run(context_, where)) return;
+    const ChainState state = read_state(chain);
+    if (state.dispatched != state.combined) {
+        fail(context_, where, FaultCode::kSequence, /*peer=*/-1, state.combined, state.dispatched);
+        return;
+    }
+    const uint64_t epoch = state.combined + 1;
+    if (Receive(context_, chain, target, epoch).run()) {
+        store_relaxed(&context_.state(chain)->dispatched, epoch);
+    }
+}
+
+}  // namespace ep::host
