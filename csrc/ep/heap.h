@@ -31,6 +31,9 @@ struct Context {
     EP_HD const uint64_t* budget_ns() const {
         return reinterpret_cast<const uint64_t*>(local + LocalLayout::kBudgetOffset);
     }
+    EP_HD uint32_t* fault_claim() const {
+        return reinterpret_cast<uint32_t*>(local + LocalLayout::kClaimOffset);
+    }
     template <class T>
     EP_HD T* local_at(int chain, int64_t offset) const {
         return reinterpret_cast<T*>(local + local_layout.chain(chain) + offset);

@@ -8,7 +8,8 @@
 
 namespace ep {
 
-// A message travels as 128-byte lines. The last 8 bytes of a line are its tag; the other 120 are payload.
+// A message travels as 128-byte lines. The last 8 bytes of a line are its tag; the other 120 are
+// payload.
 inline constexpr int kLineBytes = 128;
 inline constexpr int kLinePayload = 120;
 inline constexpr int kTagOffset = 120;
@@ -43,8 +44,8 @@ struct MessageLayout {
         m.scales = s.row_bytes();
         m.header = m.scales + s.num_scales() * static_cast<int>(sizeof(float));
         m.entries = m.header + static_cast<int>(sizeof(MessageHeader));
-        m.bytes = static_cast<int32_t>(
-            round_up(m.entries + s.topk * static_cast<int>(sizeof(Entry)), 8));
+        m.bytes =
+            static_cast<int32_t>(round_up(m.entries + s.topk * static_cast<int>(sizeof(Entry)), 8));
         m.lines = lines_for(m.bytes);
         m.stride = m.lines * kLineBytes;
         return m;
@@ -131,7 +132,9 @@ struct LocalLayout {
     int64_t chain_bytes;
     int64_t bytes;
 
-    static constexpr int64_t kBudgetOffset = 0;  // uint64 nanoseconds
+    static constexpr int64_t kBudgetOffset = 0;  // uint64 nanoseconds; survives reset()
+    static constexpr int64_t kClaimOffset =
+        8;   // uint32: the first fatal fault on a device takes it
     static constexpr int64_t kChainsOffset = 256;
 
     static EP_HD LocalLayout make(const Shape& s) {

@@ -5,7 +5,8 @@
 
 namespace ep {
 
-inline constexpr int kMaxRanks = 72;  // ranks that share NVLink; also the peer table in kernel arguments
+inline constexpr int kMaxRanks =
+    72;  // ranks that share NVLink; also the peer table in kernel arguments
 inline constexpr int kMaxTopk = 32;   // one warp holds a token's entries, one lane each
 inline constexpr int kMaxHidden = 16384;
 inline constexpr int kMaxExperts = 1024;
@@ -27,7 +28,9 @@ struct Shape {
 
     EP_HD int num_local_experts() const { return num_experts / num_ranks; }
     EP_HD int owner_of(int expert) const { return expert / num_local_experts(); }
-    EP_HD int max_messages() const { return num_ranks * max_tokens; }  // a rank's inbox, all sources
+    EP_HD int max_messages() const {
+        return num_ranks * max_tokens;
+    }  // a rank's inbox, all sources
     EP_HD int num_scales() const { return wire == Wire::kFp8 ? hidden / kScaleGroup : 0; }
     EP_HD int row_bytes() const { return wire == Wire::kFp8 ? hidden : 2 * hidden; }
 };

@@ -1,0 +1,120 @@
+// The CUDA half of ep_runtime._C (stub: ep_runtime/_C.pyi).
+#include "bindings.h"
+
+#include "cuda/cuda_rank.h"
+#include "cuda/error.h"
+#include "cuda/memory.h"
+
+namespace ep {
+namespace {
+
+using Address = std::uintptr_t;
+
+void dispatch_send(const CudaRank& rank, int chain, Address x, int64_t x_stride, Address topk_idx,
+                   int idx_bytes, Address weights, int num_tokens, Address num_valid,
+                   StreamHandle stream) {
+    rank.dispatch_send(
+        chain, make_send_input(x, x_stride, topk_idx, idx_bytes, weights, num_tokens, num_valid),
+        stream);
+}
+
+void dispatch_fused(const CudaRank& rank, int chain, Address x, int64_t x_stride, Address topk_idx,
+                    int idx_bytes, Address weights, int num_tokens, Address num_valid,
+                    const RecvTarget& target, int expected, StreamHandle stream) {
+    rank.dispatch_fused(
+        chain, make_send_input(x, x_stride, topk_idx, idx_bytes, weights, num_tokens, num_valid),
+        target, expected, stream);
+}
+
+void combine_send(const CudaRank& rank, int chain, Address y, int64_t stride, int expected,
+                  StreamHandle stream) {
+    rank.combine_send(chain, pointer<const uint16_t>(y), stride, expected, stream);
+}
+
+void combine_recv(const CudaRank& rank, int chain, Address out, int num_tokens, Address num_valid,
+                  StreamHandle stream) {
+    rank.combine_recv(chain, pointer<uint16_t>(out), num_tokens, pointer<const int32_t>(num_valid),
+                      stream);
+}
+
+void combine_fused(const CudaRank& rank, int chain, Address y, int64_t stride, Address out,
+                   int num_tokens, Address num_valid, int expected, StreamHandle stream) {
+    rank.combine_fused(chain, pointer<const uint16_t>(y), stride, pointer<uint16_t>(out),
+                       num_tokens, pointer<const int32_t>(num_valid), expected, stream);
+}
+
+void bind_rank(py::module_& m) {
+    py::class_<CudaRank>(m, "CudaRank")
+        .def(py::init([](const Shape& shape, int rank, const std::vector<Address>& heaps,
+                         Address local, Address fault, int device, int num_sms, bool pdl) {
+                 return std::make_unique<CudaRank>(shape, rank, heaps, local, fault,
+                                                   CudaRank::Options{device, num_sms, pdl});
+             }),
+             py::arg("shape"), py::arg("rank"), py::arg("heaps"), py::arg("local"),
+             py::arg("fault"), py::arg("device"), py::arg("num_sms"), py::arg("pdl"))
+        .def("dispatch_send", &dispatch_send, py::arg("chain"), py::arg("x"), py::arg("x_stride"),
+             py::arg("topk_idx"), py::arg("idx_bytes"), py::arg("weights"), py::arg("num_tokens"),
+             py::arg("num_tokens_address"), py::arg("stream"), NoGil())
+        .def("dispatch_recv", &CudaRank::dispatch_recv, py::arg("chain"), py::arg("target"),
+             py::arg("expected_tokens"), py::arg("stream"), NoGil())
+        .def("dispatch_fused", &dispatch_fused, py::arg("chain"), py::arg("x"), py::arg("x_stride"),
+             py::arg("topk_idx"), py::arg("idx_bytes"), py::arg("weights"), py::arg("num_tokens"),
+             py::arg("num_tokens_address"), py::arg("target"), py::arg("expected_tokens"),
+             py::arg("stream"), NoGil())
+        .def("combine_send", &combine_send, py::arg("chain"), py::arg("y"), py::arg("y_stride"),
+             py::arg("expected_tokens"), py::arg("stream"), NoGil())
+        .def("combine_recv", &combine_recv, py::arg("chain"), py::arg("out"), py::arg("num_tokens"),
+             py::arg("num_tokens_address"), py::arg("stream"), NoGil())
+        .def("combine_fused", &combine_fused, py::arg("chain"), py::arg("y"), py::arg("y_stride"),
+             py::arg("out"), py::arg("num_tokens"), py::arg("num_tokens_address"),
+             py::arg("expected_tokens"), py::arg("stream"), NoGil())
+        .def("set_time_budget", &CudaRank::set_time_budget, py::arg("nanoseconds"), NoGil())
+        .def("read_stats",
+             [](const CudaRank& rank, int chain) { return stats_dict(rank.read_stats(chain)); })
+        .def("read_state",
+             [](const CudaRank& rank, int chain) {
+                 const ChainState s = rank.read_state(chain);
+                 return py::make_tuple(s.dispatched, s.combined);
+             })
+        .def("resident_ctas", &CudaRank::resident_ctas)
+        .def("reset", &CudaRank::reset, NoGil());
+}
+
+template <class Memory>
+py::class_<Memory> bind_memory(py::module_& m, const char* name) {
+    return py::class_<Memory>(m, name)
+        .def_property_readonly("address", &Memory::address)
+        .def("close", &Memory::close);
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+    py::register_exception_translator([](std::exception_ptr p) {
+        try {
+            if (p) std::rethrow_exception(p);
+        } catch (const CudaFailure& e) {
+            const py::object type = py::module_::import("ep_runtime.errors").attr("CudaError");
+            PyErr_SetString(type.ptr(), e.what());
+        }
+    });
+    bind_rank(m);
+    bind_memory<DeviceMemory>(m, "DeviceMemory")
+        .def(py::init<int64_t, int>(), py::arg("num_bytes"), py::arg("device"))
+        .def("ipc_handle",
+             [](const DeviceMemory& memory) { return py::bytes(memory.ipc_handle()); });
+    bind_memory<IpcMapping>(m, "IpcMapping")
+        .def(py::init([](const py::bytes& handle, int device) {
+                 return std::make_unique<IpcMapping>(std::string(handle), device);
+             }),
+             py::arg("handle"), py::arg("device"));
+    bind_memory<PinnedMemory>(m, "PinnedMemory").def(py::init<int64_t>(), py::arg("num_bytes"));
+    m.def("cuda_device_count", &device_count);
+    m.def("cuda_device_attributes", &device_attributes, py::arg("device"));
+    m.def("can_access_peer", &can_access_peer, py::arg("device"), py::arg("peer"));
+    m.def("enable_peer_access", &enable_peer_access, py::arg("device"), py::arg("peer"));
+    m.def("cuda_fill_zero", &fill_zero, py::arg("address"), py::arg("num_bytes"), py::arg("device"),
+          NoGil());
+}
+
+}  // namespace ep
