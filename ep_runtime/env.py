@@ -154,7 +154,7 @@ def read(environ: Mapping[str, str] | None = None) -> Env:
 
 
 def set_default(name: str, value: str) -> str:
-    """Set a variable that another library reads (NVSHMEM, NCCL), unless the user has. Returns it."""
+    """Set a variable that NVSHMEM or NCCL reads, unless the user has; the value now in force."""
     return os.environ.setdefault(name, value)
 
 

@@ -1,0 +1,32 @@
+"""NVSHMEM's host API. One world per process. Every function that fails raises RuntimeError."""
+
+from typing import Final
+
+built_against: Final[tuple[int, int, int]]
+
+def get_unique_id() -> bytes:
+    """128 bytes that all ranks of a new world pass to init(). Works without a GPU."""
+
+def init(rank: int, num_ranks: int, unique_id: bytes, device: int) -> None:
+    """Collective. Makes `device` the current CUDA device first."""
+
+def malloc(num_bytes: int) -> int:
+    """Collective, with equal sizes on all ranks of the world. Address of this rank's part."""
+
+def free(address: int) -> None:
+    """Collective."""
+
+def peer_address(address: int, peer: int) -> int:
+    """Where this GPU sees the peer's part of an allocation; 0 if it cannot address it."""
+
+def barrier_all() -> None:
+    """Collective; waits for all ranks of the world, without a time limit."""
+
+def finalize() -> None:
+    """Collective; does nothing when init() has not succeeded in this process."""
+
+def version() -> tuple[int, int, int]:
+    """(major, minor, patch) of the loaded library; its minor may be newer than built_against."""
+
+def init_status() -> int:
+    """0 not initialized, 1 bootstrapped, 2 initialized, 3 limited and 4 full ranks-per-GPU mode."""

@@ -1,0 +1,265 @@
+"""Builds the native modules.
+
+`ep_runtime._C`       host backend; with nvcc the CUDA backend as well
+`ep_runtime._nvshmem` NVSHMEM's host API; only with nvcc and the wheel nvidia-nvshmem-cu13
+
+nvcc is looked for in EP_NVCC, CUDA_HOME, PATH and the pip CUDA toolkit, in this order.
+EP_NO_CUDA=1 leaves CUDA out. EP_CUDA_ARCHS="90;100" chooses the GPUs (default 90); PTX of the last
+one is added for newer GPUs. CXX, CXXFLAGS and MAX_JOBS are honoured. Needs no torch, no network.
+
+Objects lie in build/objects under a hash of their command and are reused while nothing they include
+(by the compiler's own dependency file) is newer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+OBJECTS = ROOT / "build" / "objects"
+CXX = shlex.split(os.environ.get("CXX") or "g++")
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Werror=cross-execution-space-call"]
+NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+
+
+def say(text: str) -> None:
+    print(f"ep_runtime: {text}", file=sys.stderr, flush=True)
+
+
+def site_directories() -> list[Path]:
+    """Where wheels lie, also when pip builds in an isolated environment that hides them."""
+    known = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    return [Path(p) for p in dict.fromkeys([*known, *(p for p in sys.path if p)])]
+
+
+def find_wheel_directory(*parts: str) -> Path | None:
+    candidates = (d.joinpath(*parts) for d in site_directories())
+    return next((d for d in candidates if d.is_dir()), None)
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA compiler and what to compile for."""
+
+    nvcc: str
+    found_by: str
+    version: str
+    include: list[str]
+    libraries: list[str]
+    archs: list[str]
+
+    @property
+    def gencode(self) -> list[str]:
+        flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
+        newest = self.archs[-1]
+        return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def nvcc_candidates() -> Iterator[tuple[str, str | None]]:
+    yield "EP_NVCC", os.environ.get("EP_NVCC")
+    home = os.environ.get("CUDA_HOME")
+    yield "CUDA_HOME", f"{home}/bin/nvcc" if home else None
+    yield "PATH", shutil.which("nvcc")
+    wheel = find_wheel_directory("nvidia", "cu13", "bin")
+    yield "pip CUDA toolkit", str(wheel / "nvcc") if wheel else None
+
+
+def find_cuda() -> tuple[Cuda | None, str]:
+    """The compiler, or why there is none. A compiler that was asked for by name must work."""
+    if os.environ.get("EP_NO_CUDA", "0") not in ("", "0"):
+        return None, "EP_NO_CUDA is set"
+    for found_by, path in nvcc_candidates():
+        if not path:
+            continue
+        if not shutil.which(path):
+            if found_by in ("EP_NVCC", "CUDA_HOME"):
+                raise SystemExit(
+                    f"ep_runtime: {found_by} says {path}, which is no program; unset it"
+                )
+            continue
+        return describe_cuda(path, found_by), f"nvcc from {found_by}"
+    return None, "no nvcc in EP_NVCC, CUDA_HOME, PATH or the pip CUDA toolkit"
+
+
+def describe_cuda(nvcc: str, found_by: str) -> Cuda:
+    """Ask nvcc itself where its headers and libraries are: `nvcc` may be a wrapper script."""
+    version_text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True)
+    version = re.search(r"release [\d.]+, V([\d.]+)", version_text.stdout)
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    top = re.search(r"^#\$ TOP=(.*)$", dry.stderr, re.MULTILINE)
+    if top is None or version is None:
+        raise SystemExit(f"ep_runtime: {nvcc} does not answer like nvcc; set EP_NVCC to another")
+    root = Path(top.group(1).strip()).resolve()
+    include = [root / "include", *root.glob("targets/*/include")]
+    libraries = [root / "lib64", root / "lib", *root.glob("targets/*/lib")]
+    archs = [a for a in re.split(r"[;, ]+", os.environ.get("EP_CUDA_ARCHS") or "90") if a]
+    return Cuda(
+        nvcc=nvcc,
+        found_by=found_by,
+        version=version.group(1),
+        include=[str(p) for p in include if (p / "cuda_runtime.h").exists()],
+        libraries=[str(p) for p in libraries if (p / "libcudart_static.a").exists()],
+        archs=archs,
+    )
+
+
+def is_fresh(target: Path, dependency_file: Path) -> bool:
+    """No file that the compiler read for `target` has changed since."""
+    if not (target.exists() and dependency_file.exists()):
+        return False
+    text = dependency_file.read_text().replace("\\\n", " ")
+    read = re.split(r"(?<!\\)\s+", text.partition(": ")[2].strip())
+    made = target.stat().st_mtime_ns
+    paths = [Path(p.replace("\\ ", " ")) for p in read if p]
+    return all(p.exists() and p.stat().st_mtime_ns <= made for p in paths)
+
+
+def compile_one(source: Path, command: list[str]) -> Path:
+    """One object, through a temporary name: builds may run side by side in one checkout."""
+    digest = hashlib.sha256("\0".join([*command, str(source)]).encode()).hexdigest()[:12]
+    target = OBJECTS / f"{source.stem}-{digest}.o"
+    dependencies = target.with_suffix(".d")
+    if is_fresh(target, dependencies):
+        return target
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_suffix(f".{os.getpid()}.o")
+    wanted = target.with_suffix(f".{os.getpid()}.d")
+    full = [*command, "-c", str(source), "-o", str(scratch), "-MMD", "-MF", str(wanted)]
+    say(f"compiling {source.relative_to(ROOT)}")
+    done = subprocess.run(full, capture_output=True, text=True)
+    sys.stderr.write(done.stdout + done.stderr)
+    if done.returncode != 0:
+        raise CompileError(f"status {done.returncode} from: {shlex.join(full)}")
+    wanted.replace(dependencies)
+    scratch.replace(target)
+    return target
+
+
+def host_command(cuda: Cuda | None, *extra: str) -> list[str]:
+    import pybind11
+
+    include = [str(CSRC), pybind11.get_include(), sysconfig.get_path("include")]
+    include += cuda.include if cuda else []
+    archs = ",".join(cuda.archs) if cuda else ""
+    info = f"nvcc {cuda.version} from {cuda.found_by}: {cuda.nvcc}" if cuda else "no nvcc"
+    defines = [f'-DEP_CUDA_ARCHS="{archs}"', f'-DEP_BUILD_INFO="{info}"']
+    defines += ["-DEP_WITH_CUDA=1"] if cuda else []
+    isystem = [f"-isystem{p}" for p in include[1:]]
+    user = shlex.split(os.environ.get("CXXFLAGS", ""))
+    return [*CXX, *CXX_FLAGS, *user, *defines, *extra, f"-I{CSRC}", *isystem]
+
+
+def link(target: Path, objects: list[Path], *flags: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    command = [*CXX, "-shared", "-pthread", *map(str, objects), "-o", str(scratch), *flags]
+    done = subprocess.run(command)
+    if done.returncode != 0:
+        raise LinkError(f"status {done.returncode} from: {shlex.join(command)}")
+    scratch.replace(target)
+
+
+def cudart_flags(cuda: Cuda) -> list[str]:
+    found = [f"-L{p}" for p in cuda.libraries]
+    return [*found, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+
+
+def core_commands(cuda: Cuda | None) -> dict[Path, list[str]]:
+    """Every source of ep_runtime._C with the command that compiles it."""
+    host = [CSRC / "bindings.cpp", *CSRC.glob("bindings_*.cpp"), *CSRC.glob("host/*.cpp")]
+    commands = dict.fromkeys(sorted(host), host_command(cuda))
+    if cuda:
+        device = [cuda.nvcc, *NVCC_FLAGS, *cuda.gencode, "-DEP_WITH_CUDA=1", f"-I{CSRC}"]
+        commands |= dict.fromkeys(sorted(CSRC.glob("cuda/*.cu")), device)
+    return commands
+
+
+class BuildNative(build_ext):
+    """Compiles with explicit commands: the interpreter's own build flags are not wanted here."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.unlink(missing_ok=True)  # an optional extension that fails must not leave an old one
+        cuda, reason = find_cuda()
+        if ext.name == "ep_runtime._nvshmem":
+            assert cuda is not None, "the extension is listed only when there is an nvcc"
+            self.build_nvshmem(target, cuda)
+            return
+        commands = core_commands(cuda)
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(max_workers=jobs) as pool:
+            objects = list(pool.map(compile_one, commands.keys(), commands.values()))
+        link(target, objects, *(cudart_flags(cuda) if cuda else ["-lrt"]))
+        what = f"host and CUDA backends (sm_{', sm_'.join(cuda.archs)})" if cuda else "host backend"
+        say(f"built {ext.name}: {what}; {reason}")
+
+    def build_nvshmem(self, target: Path, cuda: Cuda) -> None:
+        wheel = find_wheel_directory("nvidia", "nvshmem")
+        assert wheel is not None, "the extension is listed only when the wheel is there"
+        command = host_command(cuda, f"-isystem{wheel / 'include'}")
+        built = compile_one(CSRC / "nvshmem_bindings.cpp", command)
+        runpath = [f"-Wl,-rpath,{p}" for p in ("$ORIGIN/../nvidia/nvshmem/lib", wheel / "lib")]
+        host_library = [f"-L{wheel / 'lib'}", "-l:libnvshmem_host.so.3"]
+        link(target, [built], *host_library, *runpath, *cudart_flags(cuda))
+        say(f"built ep_runtime._nvshmem against {wheel}")
+
+
+def extensions() -> list[Extension]:
+    """Sources are given to the compiler by BuildNative; here only the names count."""
+    listed = [Extension("ep_runtime._C", sources=[])]
+    cuda, reason = find_cuda()
+    if cuda is None:
+        say(f"no ep_runtime._nvshmem: {reason}")
+    elif find_wheel_directory("nvidia", "nvshmem") is None:
+        say("no ep_runtime._nvshmem: the wheel nvidia-nvshmem-cu13 is not installed")
+    else:
+        listed.append(Extension("ep_runtime._nvshmem", sources=[], optional=True))
+    return listed
+
+
+setup(
+    packages=[
+        "ep_runtime",
+        "ep_runtime.bench",
+        "ep_runtime.bench.peers",
+        "ep_runtime.graphs",
+        "ep_runtime.integrations",
+        "ep_runtime.lm",
+        "ep_runtime.memory",
+        "ep_runtime.scheduler",
+    ],
+    package_dir={
+        "ep_runtime": "ep_runtime",
+        "ep_runtime.graphs": "graphs",
+        "ep_runtime.integrations": "integrations",
+    },
+    package_data={
+        "ep_runtime": ["py.typed", "*.pyi"],
+        "ep_runtime.lm": ["checkpoint.safetensors"],
+    },
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildNative},
+)
