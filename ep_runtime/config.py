@@ -1,0 +1,107 @@
+"""What every rank of a group must agree on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+from ep_runtime import __version__
+from ep_runtime.errors import ConfigError
+from ep_runtime.native import _C
+
+DispatchFormat = Literal["bf16", "fp8"]
+RecvFormat = Literal["batched", "contiguous", "compact"]
+
+MAX_ALIGNMENT = 1024
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(
+            f"{name}={value!r}: it must be an integer from {low} to {high};"
+            f" build the EpConfig with a {name} in that range"
+        )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r}: it must be one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpConfig:
+    """Sizes and formats of an expert-parallel group. Checked when built; raises ConfigError.
+
+    num_experts      routed experts over all ranks; a multiple of the number of ranks
+    topk             entries per token in topk_idx
+    hidden           channels of a row, a multiple of 128
+    max_tokens       most tokens that one rank dispatches at once
+    num_chains       independent micro-batches in flight
+    dispatch_format  rows on the wire: "bf16", or "fp8" (e4m3, a float32 scale per 128 channels)
+    recv_format      how received rows lie: see `Received`
+    alignment        "contiguous" only: the first row of each expert is a multiple of it
+    """
+
+    num_experts: int
+    topk: int
+    hidden: int
+    max_tokens: int
+    num_chains: int = 2
+    dispatch_format: DispatchFormat = "fp8"
+    recv_format: RecvFormat = "batched"
+    alignment: int = 1
+
+    def __post_init__(self) -> None:
+        limits = _C.limits()
+        _check_int("num_experts", self.num_experts, 1, limits["max_experts"])
+        _check_int("topk", self.topk, 1, limits["max_topk"])
+        _check_int("max_tokens", self.max_tokens, 1, limits["max_tokens"])
+        _check_int("num_chains", self.num_chains, 1, limits["max_chains"])
+        _check_int("alignment", self.alignment, 1, MAX_ALIGNMENT)
+        multiple = limits["hidden_multiple"]
+        _check_int("hidden", self.hidden, multiple, limits["max_hidden"])
+        if self.hidden % multiple:
+            raise ConfigError(
+                f"hidden={self.hidden}: it must be a multiple of {multiple}; pad the rows to"
+                f" {-(-self.hidden // multiple) * multiple} channels"
+            )
+        _check_choice("dispatch_format", self.dispatch_format, get_args(DispatchFormat))
+        _check_choice("recv_format", self.recv_format, get_args(RecvFormat))
+        if self.alignment != 1 and self.recv_format != "contiguous":
+            raise ConfigError(
+                f"alignment={self.alignment} with recv_format={self.recv_format!r}: only"
+                " 'contiguous' aligns experts; leave alignment at 1 or choose 'contiguous'"
+            )
+
+    def validate_for(self, num_ranks: int) -> None:
+        """Raise ConfigError unless a group of `num_ranks` ranks can use this configuration."""
+        _check_int("num_ranks", num_ranks, 1, _C.limits()["max_ranks"])
+        if self.num_experts % num_ranks:
+            raise ConfigError(
+                f"num_experts={self.num_experts} over num_ranks={num_ranks}: every rank holds the"
+                f" same number of experts; use a multiple of {num_ranks} (for example"
+                f" {-(-self.num_experts // num_ranks) * num_ranks}) or another number of ranks"
+            )
+
+    def local_experts(self, num_ranks: int) -> int:
+        """Experts that each rank holds; rank r holds r*L .. r*L + L - 1."""
+        return self.num_experts // num_ranks
+
+    def recv_rows(self, num_ranks: int) -> int:
+        """Rows of `Received.x` (per local expert where the format is "batched")."""
+        messages = num_ranks * self.max_tokens
+        if self.recv_format != "contiguous":
+            return messages
+        experts = self.local_experts(num_ranks)
+        return messages * min(self.topk, experts) + experts * (self.alignment - 1)
+
+    def fields(self, num_ranks: int) -> dict[str, object]:
+        """Everything that ranks must share, by name."""
+        return {**asdict(self), "num_ranks": num_ranks, "package": __version__}
+
+    def fingerprint(self, num_ranks: int) -> bytes:
+        """32 bytes that two ranks share exactly when they can form a group."""
+        text = json.dumps(self.fields(num_ranks), sort_keys=True)
+        return hashlib.sha256(text.encode()).digest()

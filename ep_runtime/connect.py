@@ -1,0 +1,155 @@
+"""How the processes of a group find out that they fit together, and get their memory."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ep_runtime import env
+from ep_runtime.config import EpConfig
+from ep_runtime.errors import BuildError, ConfigError
+from ep_runtime.layout import layout_of
+from ep_runtime.memory import RankMemory
+from ep_runtime.memory.base import log
+from ep_runtime.memory.host import host_memory
+from ep_runtime.memory.ipc import ipc_memory
+from ep_runtime.memory.nvshmem import load_nvshmem, nvshmem_available, nvshmem_memory
+from ep_runtime.native import _C
+from ep_runtime.world import World
+
+Backend = Literal["auto", "host", "cuda"]
+
+
+def choose_device(backend: Backend, device: torch.device | int | str | None) -> torch.device:
+    """The device that `backend` means: "auto" is the current GPU where there is one.
+
+    Raises BuildError where CUDA is asked for and missing, ConfigError for an unknown backend.
+    """
+    if backend not in ("auto", "host", "cuda"):
+        raise ConfigError(f"backend={backend!r}: it must be 'auto', 'host' or 'cuda'")
+    usable = torch.cuda.is_available() and _C.has_cuda
+    if backend == "auto":
+        backend = "cuda" if usable else "host"
+        log.info(
+            "backend auto: %s (GPU visible to torch: %s, native module built with CUDA: %s)",
+            backend,
+            torch.cuda.is_available(),
+            _C.has_cuda,
+        )
+    if backend == "host":
+        return torch.device("cpu")
+    if not usable:
+        lack = (
+            "this build of ep_runtime holds the host backend alone; build it again with nvcc on"
+            " the PATH or in CUDA_HOME"
+            if not _C.has_cuda
+            else "torch sees no GPU; check the driver and CUDA_VISIBLE_DEVICES"
+        )
+        raise BuildError(f"backend='cuda': {lack}, or use backend='host'")
+    if device is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if wanted.type != "cuda":
+        raise ConfigError(f"device={device!r} with backend='cuda': give a CUDA device")
+    index = torch.cuda.current_device() if wanted.index is None else wanted.index
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={device!r}: this process sees {torch.cuda.device_count()} GPUs; use an index"
+            " below that"
+        )
+    return torch.device("cuda", index)
+
+
+def connect(config: EpConfig, world: World, device: torch.device) -> RankMemory:
+    """Compare configurations, then get this rank's memory. Collective; raises on every rank."""
+    kind = _compare(config, world, device)
+    sizes = layout_of(config, world.num_ranks).sizes
+    if kind == "shm":
+        memory = host_memory(world, sizes)
+    elif kind == "nvshmem":
+        memory = nvshmem_memory(world, sizes, device.index)
+    else:
+        memory = ipc_memory(world, sizes, device.index)
+    log.info("rank %d of %d: memory %s on %s", world.rank, world.num_ranks, kind, device)
+    return memory
+
+
+def _compare(config: EpConfig, world: World, device: torch.device) -> str:
+    """Raise on every rank unless all ranks bring the same; returns the kind of memory."""
+    trouble = ""
+    try:
+        config.validate_for(world.num_ranks)
+    except ConfigError as error:
+        trouble = str(error)
+    wanted = env.read().memory if device.type == "cuda" else "shm"
+    card = {
+        "fields": {
+            **config.fields(world.num_ranks),
+            "backend": device.type,
+            "memory": wanted,
+            "host": _host_id(),
+        },
+        "fingerprint": config.fingerprint(world.num_ranks).hex(),
+        "trouble": trouble,
+        "gpu": str(torch.cuda.get_device_properties(device).uuid) if wanted != "shm" else "",
+        "nvshmem": wanted == "auto" and nvshmem_available(),
+    }
+    cards = [json.loads(text) for text in world.all_gather(json.dumps(card).encode())]
+    for rank, other in enumerate(cards):
+        if other["trouble"]:
+            raise ConfigError(
+                other["trouble"] if rank == world.rank else f"rank {rank}: {other['trouble']}"
+            )
+    _raise_differences([c["fields"] for c in cards], [c["fingerprint"] for c in cards])
+    return _kind(wanted, cards)
+
+
+def _kind(wanted: str, cards: list[dict[str, object]]) -> str:
+    if wanted == "shm":
+        return wanted
+    gpus = [card["gpu"] for card in cards]
+    if len(set(gpus)) < len(gpus):
+        log.warning(
+            "ranks share a GPU (%s): without MPS every hand-off between them costs a time slice;"
+            " call torch.cuda.set_device(local_rank) first, or use virtual_ranks()",
+            gpus,
+        )
+    if wanted != "auto":
+        return wanted
+    if all(card["nvshmem"] for card in cards):
+        load_nvshmem()
+        log.info("EP_MEMORY=auto: nvshmem, the extension loads on every rank")
+        return "nvshmem"
+    lacking = [rank for rank, card in enumerate(cards) if not card["nvshmem"]]
+    log.info("EP_MEMORY=auto: CUDA IPC, no NVSHMEM extension on ranks %s", lacking)
+    return "ipc"
+
+
+def _raise_differences(fields: list[dict[str, object]], fingerprints: list[str]) -> None:
+    """Name the ranks and fields that differ from what most ranks (or else rank 0) brought."""
+    keys = [json.dumps([f, p], sort_keys=True) for f, p in zip(fields, fingerprints, strict=True)]
+    usual, _ = Counter(keys).most_common(1)[0]
+    if all(key == usual for key in keys):
+        return
+    base = fields[keys.index(usual)]
+    agreeing = [rank for rank, key in enumerate(keys) if key == usual]
+    parts = []
+    for rank, own in enumerate(fields):
+        if keys[rank] == usual:
+            continue
+        names = [n for n in base.keys() | own.keys() if base.get(n) != own.get(n)]
+        told = ", ".join(f"{n}={own.get(n)!r} (not {base.get(n)!r})" for n in sorted(names))
+        parts.append(f"rank {rank} has {told or 'another build of ep_runtime'}")
+    raise ConfigError(
+        f"ranks do not agree: {'; '.join(parts)}; ranks {agreeing} agree with each other; give"
+        " every rank the same configuration, package and environment, on one host"
+    )
+
+
+def _host_id() -> str:
+    """The same on processes that can share memory."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

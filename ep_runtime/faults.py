@@ -1,0 +1,86 @@
+"""From a fault record to the exception that says what to do."""
+
+from __future__ import annotations
+
+from ep_runtime.errors import (
+    DesyncError,
+    EpError,
+    PeerTimeout,
+    RoutingFault,
+    SequenceError,
+)
+from ep_runtime.native import _C
+
+_OP = {_C.OP_DISPATCH: "dispatch", _C.OP_COMBINE: "combine"}
+_AFTER = (
+    "results since then are undefined and operations do nothing: call reset() on every rank, or"
+    " end the group"
+)
+
+
+def fatal_error(fault: _C.Fault, budget_s: float) -> EpError:
+    """The error of a fatal record. `budget_s`: the time budget that this rank runs under."""
+    where = f"{_OP.get(fault.op, 'operation')} on chain {fault.chain}"
+    if fault.code == _C.FAULT_TIMEOUT:
+        return PeerTimeout(
+            f"rank {fault.peer} did not arrive at {where}: rank {fault.rank} waited for epoch"
+            f" {fault.expected} and saw {fault.seen} for longer than the time budget of"
+            f" {budget_s:g} s; look at rank {fault.peer}'s log; {_AFTER}",
+            rank=fault.rank,
+            peer=fault.peer,
+        )
+    if fault.code == _C.FAULT_ABORTED:
+        return _told(fault, where)
+    if fault.code == _C.FAULT_DESYNC:
+        return DesyncError(
+            f"rank {fault.peer} is ahead of rank {fault.rank} at {where}: epoch {fault.seen} where"
+            f" {fault.expected} was due; every rank must issue (or replay) the same sequence of"
+            f" operations on a chain; {_AFTER}"
+        )
+    if fault.code == _C.FAULT_COUNT:
+        return DesyncError(
+            f"rank {fault.peer} announced {fault.seen} at {where} where at most {fault.expected}"
+            f" fit: its heap is damaged or its build differs; {_AFTER}"
+        )
+    if fault.code == _C.FAULT_SEQUENCE:
+        missing = "combine" if fault.op == _C.OP_DISPATCH else "dispatch"
+        return SequenceError(
+            f"{where} of rank {fault.rank} came out of order: a {missing} was due (dispatched epoch"
+            f" {fault.seen}, combined {fault.seen - (missing == 'combine')}); a chain goes"
+            f" dispatch, combine, dispatch, combine, in graphs too; {_AFTER}"
+        )
+    return DesyncError(f"unknown fault code {fault.code} at {where}; {_AFTER}")
+
+
+def _told(fault: _C.Fault, where: str) -> EpError:
+    """Another rank ended the group; `seen` holds its own fault's code."""
+    if fault.seen == _C.FAULT_TIMEOUT:
+        return PeerTimeout(
+            f"rank {fault.rank} gave up waiting for rank {fault.peer} and told this rank, which"
+            f" left {where}; look at rank {fault.peer}'s log; {_AFTER}",
+            rank=fault.rank,
+            peer=fault.peer,
+        )
+    cause = {
+        _C.FAULT_DESYNC: f"found rank {fault.peer} ahead of it",
+        _C.FAULT_SEQUENCE: "issued a chain's operations out of order",
+        _C.FAULT_COUNT: f"got impossible counts from rank {fault.peer}",
+    }.get(fault.seen, f"failed with code {fault.seen}")
+    return DesyncError(
+        f"rank {fault.rank} {cause} and told this rank, which left {where}; look at rank"
+        f" {fault.rank}'s error; {_AFTER}"
+    )
+
+
+def routing_error(fault: _C.Fault, dropped: int) -> RoutingFault:
+    """The error of a routing record: `dropped` entries were treated as no expert since the last."""
+    return RoutingFault(
+        f"{dropped} entries of topk_idx were out of range or named an expert twice in one token"
+        f" (chain {fault.chain}, for example {_signed(fault.seen)}); experts are 0 .."
+        f" {fault.expected - 1}, -1 means none; those entries were treated as no expert and the"
+        " group works on: correct the router and call again (this call launched nothing)"
+    )
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word

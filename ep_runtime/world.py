@@ -1,0 +1,183 @@
+"""The ranks of a group and what they tell each other on the host: never on the path of a step."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from ep_runtime import env, errors
+from ep_runtime.errors import BuildError, ConfigError, EpError, GroupFault, PeerTimeout
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+T = TypeVar("T")
+
+
+class World:
+    """Rank `rank` of `num_ranks`, joined by a torch.distributed Store (or alone, without one).
+
+    Every collective must be called by all ranks in the same order. Every wait ends within
+    `timeout_s` seconds: then PeerTimeout names the first rank that is missing.
+    """
+
+    def __init__(
+        self, store: Store | None, rank: int, num_ranks: int, timeout_s: float | None = None
+    ) -> None:
+        if num_ranks < 1 or not 0 <= rank < num_ranks:
+            raise ConfigError(
+                f"rank={rank} of num_ranks={num_ranks}: a rank is 0 .. num_ranks - 1; check what"
+                " the launcher sets (RANK, WORLD_SIZE)"
+            )
+        if store is None and num_ranks > 1:
+            raise ConfigError(
+                f"num_ranks={num_ranks} without a store: pass World.from_store(store, ...) or"
+                " World.from_env()"
+            )
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.timeout_s = env.read().warmup_timeout_s if timeout_s is None else timeout_s
+        self._store = store
+        self._calls = 0
+        self._prefix = ""
+        if store is not None:
+            # The store counts, so worlds over one store stay apart and restarts get fresh keys.
+            number = store.add(f"ep_runtime/worlds/{rank}", 1)
+            self._prefix = f"ep_runtime/world{number}"
+
+    @classmethod
+    def single(cls) -> World:
+        """A group of one."""
+        return cls(None, 0, 1)
+
+    @classmethod
+    def from_store(
+        cls, store: Store, rank: int, num_ranks: int, timeout_s: float | None = None
+    ) -> World:
+        """A group whose ranks reach the same `store`."""
+        return cls(store, rank, num_ranks, timeout_s)
+
+    @classmethod
+    def from_env(cls, timeout_s: float | None = None) -> World:
+        """The initialised torch.distributed default group, or else torchrun's variables."""
+        if dist.is_initialized():
+            group = dist.group.WORLD
+            assert group is not None
+            return cls(group.get_group_store(), dist.get_rank(), dist.get_world_size(), timeout_s)
+        limit = env.read().warmup_timeout_s if timeout_s is None else timeout_s
+        try:
+            store, rank, num_ranks = next(
+                iter(rendezvous("env://", timeout=timedelta(seconds=limit)))
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"no launcher set up this process ({error}); start it with torchrun, or use"
+                " World.single() or World.from_store()"
+            ) from error
+        except dist.DistError as error:
+            raise PeerTimeout(
+                f"the launcher's store did not answer within {limit:g} s ({error}); check"
+                " MASTER_ADDR and MASTER_PORT, and that rank 0 was started",
+                rank=-1,
+                peer=0,
+            ) from error
+        return cls(store, rank, num_ranks, timeout_s)
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """Every rank's `data`, by rank."""
+        self._calls += 1
+        if self._store is None:
+            return [data]
+        try:
+            return self._exchange(self._store, data)
+        except dist.DistError as error:
+            raise GroupFault(
+                f"rank {self.rank} lost the store that joins the ranks ({error}); its host (rank"
+                " 0 or the launcher) is gone: end this process and start the group again"
+            ) from error
+
+    def _exchange(self, store: Store, data: bytes) -> list[bytes]:
+        keys = [f"{self._prefix}/{self._calls}/{rank}" for rank in range(self.num_ranks)]
+        # Never empty: not every store takes that. Any bytes are taken, the stub says str.
+        store.set(keys[self.rank], b"=" + data)  # type: ignore[arg-type]
+        started = time.monotonic()
+        try:
+            store.wait(keys, timedelta(seconds=self.timeout_s))
+        except dist.DistStoreError as error:
+            missing = next((r for r, key in enumerate(keys) if not store.check([key])), None)
+            if missing is None:
+                return self._collect(store, keys)
+            raise PeerTimeout(
+                f"rank {missing} did not reach collective {self._calls} within"
+                f" {time.monotonic() - started:.1f} s (limit {self.timeout_s:g} s); look at that"
+                " rank's log, or raise EP_WARMUP_TIMEOUT_S if it was only slow",
+                rank=self.rank,
+                peer=missing,
+            ) from error
+        return self._collect(store, keys)
+
+    def _collect(self, store: Store, keys: list[str]) -> list[bytes]:
+        values = [bytes(store.get(key))[1:] for key in keys]
+        if self._calls > 1:
+            # Everybody is in this collective, so nobody still reads the one before.
+            store.delete_key(f"{self._prefix}/{self._calls - 1}/{self.rank}")
+        return values
+
+    def broadcast(self, data: bytes, root: int = 0) -> bytes:
+        """`data` of rank `root` (what other ranks pass is ignored)."""
+        return self.all_gather(data if self.rank == root else b"")[root]
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        self.all_gather(b"")
+
+    def agree(self, what: str, step: Callable[[], T]) -> T:
+        """Run `step` on every rank; if it fails on any rank, every rank raises.
+
+        The rank that failed raises its own error, the others one of the same class that names it.
+        """
+        result: T
+        failure: Exception | None = None
+        try:
+            result = step()
+        except (EpError, RuntimeError, OSError, MemoryError) as error:
+            failure = error
+        told = {} if failure is None else {"kind": type(failure).__name__, "text": str(failure)}
+        answers = [json.loads(text) for text in self.all_gather(json.dumps(told).encode())]
+        if failure is not None:
+            raise failure
+        for rank, answer in enumerate(answers):
+            if answer:
+                raise _same_kind(answer["kind"])(f"rank {rank} failed at {what}: {answer['text']}")
+        return result
+
+
+def _same_kind(name: str) -> type[EpError]:
+    kind = getattr(errors, name, BuildError)
+    if isinstance(kind, type) and issubclass(kind, EpError) and kind is not PeerTimeout:
+        return kind
+    return GroupFault
+
+
+class VirtualWorld(World):
+    """The world of a virtual rank: its peers are objects of this process, so nothing waits."""
+
+    def __init__(self, rank: int, num_ranks: int) -> None:
+        super().__init__(None, 0, 1)
+        self.rank = rank
+        self.num_ranks = num_ranks
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        raise errors.SequenceError(
+            f"all_gather of {len(data)} bytes on virtual rank {self.rank} of {self.num_ranks}: its"
+            " peers share this thread and cannot wait for each other; exchange Python objects"
+        )
+
+    def barrier(self) -> None:
+        """Nothing: one thread drives all ranks."""
