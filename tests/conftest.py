@@ -1,0 +1,75 @@
+"""What all tests need: the right package, and markers that skip what this machine cannot run."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def _package_problem() -> str | None:
+    """Why the installed package cannot be what is tested, or None.
+
+    A wheel beside a checkout is hidden by the checkout's ep_runtime/ whenever the checkout is the
+    current directory; then ep_runtime.graphs, which lies elsewhere in the checkout, is missing.
+    """
+    package = importlib.util.find_spec("ep_runtime")
+    if package is None or package.origin is None:
+        return "ep_runtime is not installed: run `make build`, or `pip install -e .`"
+    home = Path(package.origin).resolve().parent
+    if importlib.util.find_spec("ep_runtime.graphs") is None:
+        return (
+            f"{home} has no graphs/: this checkout hides an installed wheel. Use an editable "
+            "install (`make build`, or `pip install -e .`), or run pytest from another directory"
+        )
+    if importlib.util.find_spec("ep_runtime._C") is None:
+        return f"{home} holds no native module: run `make build`, or `pip install -e .`"
+    return None
+
+
+def _gpu_problem() -> str | None:
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU that torch can see"
+    from ep_runtime import _C
+
+    return None if _C.has_cuda else "ep_runtime._C was built without CUDA (no nvcc was found)"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-gpu",
+        action="store_true",
+        help="fail where tests marked gpu would be skipped for want of a GPU or a CUDA build",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    problem = _package_problem()
+    if problem is None and config.getoption("--require-gpu"):
+        problem = _gpu_problem()
+    if problem is not None:
+        raise pytest.UsageError(problem)
+
+
+def pytest_report_header() -> str:
+    from ep_runtime import _C
+
+    gpus = torch.cuda.device_count()
+    cuda = "with" if _C.has_cuda else "without"
+    return f"ep_runtime: {gpus} GPUs, native module {cuda} CUDA, torch {torch.__version__}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`multi` implies `gpu`: both are skipped with the reason that applies here."""
+    gpu_problem = _gpu_problem()
+    count = torch.cuda.device_count()
+    for item in items:
+        wants_two = item.get_closest_marker("multi") is not None
+        if wants_two and count < 2:
+            item.add_marker(pytest.mark.skip(reason=f"needs 2 NVIDIA GPUs, {count} here"))
+        elif (wants_two or item.get_closest_marker("gpu")) and gpu_problem is not None:
+            item.add_marker(pytest.mark.skip(reason=gpu_problem))
