@@ -1,0 +1,128 @@
+"""A step as one CUDA graph: capture, reset nodes, audit, instantiation, upload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from ep_runtime.buffer import Buffer
+from ep_runtime.graphs import driver
+from ep_runtime.graphs import nodes as gn
+from ep_runtime.graphs.audit import Audit, Region, audit_graph
+from ep_runtime.graphs.record import Operation, recording
+from ep_runtime.graphs.staging import Tensors
+
+
+class CaptureSite:
+    """What all graphs of one DecodeGraphs share: devices, capture stream, memory pools."""
+
+    def __init__(self, devices: Sequence[torch.device], pool: Any) -> None:
+        self.devices = list(dict.fromkeys(devices))
+        self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        make_stream: Any = torch.cuda.Stream  # torch leaves it untyped
+        self.stream: torch.cuda.Stream = make_stream(self.devices[0])
+        others = self.devices[1:]
+        self._side: list[torch.cuda.Stream] = [make_stream(device) for device in others]
+        # A capture's own pool serves its first device only.
+        self._side_pools = [torch.cuda.MemPool() for _ in others]
+
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Work eagerly on the capture stream, after all earlier and before all later work."""
+        self.synchronize()
+        with torch.cuda.stream(self.stream):
+            yield
+        self.synchronize()
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        """During a capture: give every other device a stream of its own, joined at the end."""
+        with ExitStack() as stack:
+            for stream, pool, device in zip(
+                self._side, self._side_pools, self.devices[1:], strict=True
+            ):
+                stream.wait_stream(self.stream)
+                stack.enter_context(torch.cuda.use_mem_pool(pool, device))
+                stack.enter_context(torch.cuda.stream(stream))
+            stack.enter_context(torch.cuda.stream(self.stream))
+            yield
+            for stream in self._side:
+                self.stream.wait_stream(stream)
+
+    def join_before(self) -> None:
+        """Let the launching stream wait for the inputs that other devices are still copying."""
+        launching = torch.cuda.current_stream(self.devices[0])
+        for device in self.devices[1:]:
+            launching.wait_stream(torch.cuda.current_stream(device))
+
+    def join_after(self) -> None:
+        """Let the other devices' streams wait for the graph."""
+        launching = torch.cuda.current_stream(self.devices[0])
+        for device in self.devices[1:]:
+            torch.cuda.current_stream(device).wait_stream(launching)
+
+    def synchronize(self) -> None:
+        for device in self.devices:
+            torch.cuda.synchronize(device)
+
+
+class CudaGraph:
+    """A captured, audited, instantiated and uploaded step of all ranks of this process."""
+
+    def __init__(
+        self,
+        buffers: Sequence[Buffer],
+        run: Callable[[], list[Tensors]],
+        site: CaptureSite,
+        what: str,
+    ) -> None:
+        self._site = site
+        self._graph = torch.cuda.CUDAGraph(keep_graph=True)
+        capture = torch.cuda.graph(
+            self._graph, pool=site.pool, stream=site.stream, capture_error_mode="thread_local"
+        )
+        with recording(buffers) as operations, capture, site.fork():
+            self.outputs = run()
+        self.operations = tuple(operations)
+        self.audit = self._finish(buffers)
+        self.audit.require_clean(what)
+        self._graph.instantiate()
+        driver.upload(self._graph.raw_cuda_graph_exec(), site.stream.cuda_stream)
+
+    def replay(self) -> None:
+        """Launch on the current stream of the first device."""
+        self._site.join_before()
+        self._graph.replay()
+        self._site.join_after()
+
+    def _finish(self, buffers: Sequence[Buffer]) -> Audit:
+        """Add a reset node per rank and chain in use, then read the graph back and judge it."""
+        handle = driver.graph_handle(self._graph.raw_cuda_graph())
+        captured = driver.read_graph(handle)
+        resets = reset_regions(buffers, self.operations)
+        level = driver.list_nodes(handle)
+        before = [level[index] for index in gn.reset_anchors(captured.nodes, captured.edges)]
+        for region in resets:
+            driver.add_reset(handle, before, region.address, region.num_bytes, region.device)
+        return audit_graph(
+            driver.read_graph(handle),
+            resets=resets,
+            operations=[str(operation) for operation in self.operations],
+        )
+
+
+def reset_regions(buffers: Sequence[Buffer], operations: Sequence[Operation]) -> list[Region]:
+    """The step statistics of every (rank, chain) that the operations use."""
+    used = dict.fromkeys((operation.rank, operation.chain) for operation in operations)
+    by_rank = {buffer.rank: buffer for buffer in buffers}
+    return [
+        Region(
+            *by_rank[rank].stats_region(chain),
+            device=by_rank[rank].device.index or 0,
+            label=f"statistics of rank {rank} chain {chain}",
+        )
+        for rank, chain in used
+    ]

@@ -1,0 +1,346 @@
+"""Pre-sized graphs of a decode step, and their replay by actual batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast, overload
+
+import torch
+
+from ep_runtime import env
+from ep_runtime.buffer import Buffer
+from ep_runtime.errors import CaptureError, ShapeError
+from ep_runtime.graphs.audit import Audit, audit_operations
+from ep_runtime.graphs.buckets import Buckets
+from ep_runtime.graphs.capture import CaptureSite, CudaGraph
+from ep_runtime.graphs.record import HostGraph
+from ep_runtime.graphs.staging import StaticInputs, Tensors, real_rows
+
+Sizes = tuple[int, ...]  # a bucket per rank of this process
+Step = Callable[[Tensors, torch.Tensor], Tensors]
+GroupStep = Callable[[list[Tensors], list[torch.Tensor]], list[Tensors]]
+
+D = TypeVar("D", Tensors, list[Tensors])  # tensors of one rank, or of all virtual ranks
+N = TypeVar("N", int, Sequence[int])
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class GraphReport:
+    """Facts about one graph.
+
+    sizes: the bucket of each rank of this process. nodes: by kind (host: operations by kind).
+    static_bytes: its inputs and outputs; inputs are shared with the other buckets.
+    """
+
+    sizes: Sizes
+    nodes: Mapping[str, int]
+    launches: int
+    static_bytes: int
+    replays: int
+
+
+@dataclass(slots=True)
+class _Entry:
+    sizes: Sizes
+    run: Callable[[], list[Tensors]]
+    graph: HostGraph | CudaGraph | None = None
+    replays: int = 0
+
+
+class DecodeGraphs(Generic[D, N]):
+    """A step captured for several batch sizes. Building one is collective.
+
+    One rank per process: `step(inputs, num_tokens) -> outputs` and `make_inputs(rows) -> inputs`
+    with dicts of tensors, and `replay(inputs, 5)`. Virtual ranks, given as a sequence of buffers:
+    `step`, `make_inputs` and `replay` take and return a list with one dict (or scalar, or number)
+    per rank, and one graph holds the step of all ranks.
+
+    step         issues operations and computes; its sequence of operations may depend on the
+                 bucket only. It gets [bucket, ...] inputs, of which rows from `num_tokens` (int32
+                 scalar on the device) on are padding: pass it to `Buffer.dispatch`. It may hold
+                 any number of operations, a dispatch alone included
+    make_inputs  called once with the largest bucket; allocates the static inputs
+    warmup       eager runs of the step per bucket before the capture, with 0 real tokens
+    pool         torch's graph memory pool to share; see `pool`
+    mixed        virtual ranks: captures for ranks in different buckets, as (bucket of rank 0, ...)
+    open_chain, close_chain
+                 called with the buckets before and after every eager warm-up run (host: also
+                 around the recorded one), for a step that begins with a combine or ends with a
+                 dispatch: they issue the missing half
+
+    Raises ShapeError for sizes that do not fit, CaptureError where the audit rejects a graph, and
+    what the step raises. Several DecodeGraphs may share a Buffer; graphs may be replayed in any
+    order and mixed with eager calls, as long as all ranks run the same sequence on each chain.
+    """
+
+    @overload
+    def __init__(
+        self: DecodeGraphs[Tensors, int],
+        buffers: Buffer,
+        step: Step,
+        make_inputs: Callable[[int], Tensors],
+        buckets: Buckets | Sequence[int],
+        *,
+        warmup: int = 2,
+        pool: Any = None,
+        open_chain: Callable[[Sizes], None] | None = None,
+        close_chain: Callable[[Sizes], None] | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: DecodeGraphs[list[Tensors], Sequence[int]],
+        buffers: Sequence[Buffer],
+        step: GroupStep,
+        make_inputs: Callable[[int], list[Tensors]],
+        buckets: Buckets | Sequence[int],
+        *,
+        warmup: int = 2,
+        pool: Any = None,
+        mixed: Sequence[Sizes] = (),
+        open_chain: Callable[[Sizes], None] | None = None,
+        close_chain: Callable[[Sizes], None] | None = None,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        buffers: Buffer | Sequence[Buffer],
+        step: Any,
+        make_inputs: Any,
+        buckets: Buckets | Sequence[int],
+        *,
+        warmup: int = 2,
+        pool: Any = None,
+        mixed: Sequence[Sizes] = (),
+        open_chain: Callable[[Sizes], None] | None = None,
+        close_chain: Callable[[Sizes], None] | None = None,
+    ) -> None:
+        self._single = isinstance(buffers, Buffer)
+        self._buffers = [buffers] if isinstance(buffers, Buffer) else list(buffers)
+        self._step = step
+        limit = self._buffers[0].config.max_tokens
+        sizes = buckets.sizes if isinstance(buckets, Buckets) else tuple(buckets)
+        self.buckets = Buckets(sizes, limit)
+        self._open, self._close = open_chain, close_chain
+        self._inputs = self._allocate(make_inputs)
+        self._entries = {sizes: _Entry(sizes, self._bind(sizes)) for sizes in self._keys(mixed)}
+        self._site: CaptureSite | None = None
+        if self._buffers[0].device.type == "cuda":
+            self._site = CaptureSite([buffer.device for buffer in self._buffers], pool)
+        self._build(warmup)
+
+    # ---- replay ---------------------------------------------------------------------------------
+
+    def replay(self, inputs: D | None, num_tokens: N) -> D:
+        """Copy the inputs in, launch the smallest graph that fits, return the outputs.
+
+        num_tokens: real tokens, 0 included. inputs: tensors with at least that many rows, or None
+        where the caller has filled `static_inputs` itself. Outputs are cut to the real tokens;
+        they are the graph's own memory and last until the next replay on the same pool. Launches
+        on the current stream; neither synchronises nor allocates device memory. Replay all graphs
+        that share a chain on one stream. Raises ShapeError before any launch, and what
+        `Buffer.check()` raises; on the host backend also CaptureError where the step no longer
+        issues the recorded operations.
+        """
+        counts = self._counts(num_tokens)
+        entry = self._fitting(counts)
+        self._load(inputs, counts)
+        self._launch(entry)
+        return self._cut(self._graph(entry).outputs, entry.sizes, counts)
+
+    def replay_bucket(self, bucket: int | Sizes) -> D:
+        """Launch one graph on what the static inputs and scalars hold; its whole outputs."""
+        entry = self._entry(bucket)
+        self._launch(entry)
+        return self._shape(self._graph(entry).outputs)
+
+    def eager(self, inputs: D | None, num_tokens: N) -> D:
+        """Run the step that `replay` would launch, without the graph; for comparison."""
+        counts = self._counts(num_tokens)
+        entry = self._fitting(counts)
+        self._load(inputs, counts)
+        return self._cut(entry.run(), entry.sizes, counts)
+
+    # ---- what was captured ----------------------------------------------------------------------
+
+    def static_inputs(self, bucket: int | Sizes) -> D:
+        """The tensors that the graph of `bucket` reads."""
+        sizes = self._entry(bucket).sizes
+        return self._shape([s.views(b) for s, b in zip(self._inputs, sizes, strict=True)])
+
+    def static_outputs(self, bucket: int | Sizes) -> D:
+        """The tensors that the graph of `bucket` writes, padding rows included."""
+        return self._shape(self._graph(self._entry(bucket)).outputs)
+
+    def audit(self, bucket: int | Sizes) -> Audit:
+        """Nodes, kernels, reset nodes (host: operations) of the graph of `bucket`."""
+        graph = self._graph(self._entry(bucket))
+        if isinstance(graph, CudaGraph):
+            return graph.audit
+        return audit_operations([str(operation) for operation in graph.operations])
+
+    def report(self) -> list[GraphReport]:
+        """One record per graph, smallest first."""
+        return [self._report(entry) for _, entry in sorted(self._entries.items())]
+
+    @property
+    def pool(self) -> Any:
+        """The graph memory pool, to hand to other captures; None on the host backend.
+
+        Graphs that share a pool must not run at the same time.
+        """
+        return None if self._site is None else self._site.pool
+
+    # ---- construction ---------------------------------------------------------------------------
+
+    def _allocate(self, make_inputs: Callable[[int], Any]) -> list[StaticInputs]:
+        rows = self.buckets.largest
+        made = make_inputs(rows)
+        per_rank = [made] if self._single else list(made)
+        if len(per_rank) != len(self._buffers):
+            raise ShapeError(
+                f"make_inputs({rows}) gave inputs for {len(per_rank)} ranks; give one dict for "
+                f"each of the {len(self._buffers)} buffers"
+            )
+        return [
+            StaticInputs(inputs, rows, buffer.device)
+            for inputs, buffer in zip(per_rank, self._buffers, strict=True)
+        ]
+
+    def _keys(self, mixed: Sequence[Sizes]) -> list[Sizes]:
+        """Largest first: smaller captures then fit into memory that the pool already has."""
+        uniform: list[Sizes] = [(size,) * len(self._buffers) for size in self.buckets]
+        for sizes in mixed:
+            if len(sizes) != len(self._buffers) or not set(sizes) <= set(self.buckets):
+                raise ShapeError(
+                    f"mixed sizes {tuple(sizes)}; give {len(self._buffers)} of the buckets "
+                    f"{self.buckets.sizes}, one per rank"
+                )
+        keys = dict.fromkeys([*uniform, *(tuple(sizes) for sizes in mixed)])
+        return sorted(keys, key=sum, reverse=True)
+
+    def _bind(self, sizes: Sizes) -> Callable[[], list[Tensors]]:
+        """The step over the static inputs of these buckets."""
+        inputs = [static.views(size) for static, size in zip(self._inputs, sizes, strict=True)]
+        counts = [static.num_tokens for static in self._inputs]
+        if self._single:
+            return lambda: [self._step(inputs[0], counts[0])]
+        return lambda: list(self._step(inputs, counts))
+
+    def _build(self, warmup: int) -> None:
+        budgets = [buffer.time_budget_s for buffer in self._buffers]
+        longest = env.read().warmup_timeout_s
+        for buffer, budget in zip(self._buffers, budgets, strict=True):
+            buffer.set_time_budget(max(budget, longest))
+        self._barrier()
+        for entry in self._entries.values():
+            for _ in range(warmup):
+                self._warm(entry)
+        self._barrier()  # nobody may still be waiting for a kernel that a peer has not loaded
+        for entry in self._entries.values():
+            entry.graph = self._capture(entry)
+        if self._site is not None:
+            self._site.synchronize()
+        self._barrier()  # every graph of every rank is uploaded before the first replay
+        for buffer, budget in zip(self._buffers, budgets, strict=True):
+            if budget < longest:
+                buffer.set_time_budget(budget)
+            else:
+                buffer.steady()
+
+    def _warm(self, entry: _Entry) -> None:
+        if self._site is None:
+            self._run_balanced(entry.run, entry.sizes)
+            return
+        with self._site.on_stream():
+            self._run_balanced(entry.run, entry.sizes)
+        for buffer in self._buffers:
+            buffer.check()
+
+    def _capture(self, entry: _Entry) -> HostGraph | CudaGraph:
+        if self._site is not None:
+            return CudaGraph(self._buffers, entry.run, self._site, f"the graph of {entry.sizes}")
+        return self._run_balanced(lambda: HostGraph(self._buffers, entry.run), entry.sizes)
+
+    def _run_balanced(self, run: Callable[[], R], sizes: Sizes) -> R:
+        if self._open is not None:
+            self._open(sizes)
+        result = run()
+        if self._close is not None:
+            self._close(sizes)
+        return result
+
+    def _barrier(self) -> None:
+        for buffer in self._buffers:
+            buffer.world.barrier()
+
+    # ---- helpers --------------------------------------------------------------------------------
+
+    def _counts(self, num_tokens: int | Sequence[int]) -> Sizes:
+        counts = (num_tokens,) if isinstance(num_tokens, int) else tuple(num_tokens)
+        if len(counts) != len(self._buffers):
+            raise ShapeError(
+                f"num_tokens has {len(counts)} entries; give one for each of the "
+                f"{len(self._buffers)} ranks of this process"
+            )
+        return counts
+
+    def _fitting(self, counts: Sizes) -> _Entry:
+        """The graph of the fewest rows in which every rank's tokens fit."""
+        wanted = tuple(self.buckets.pick(count) for count in counts)
+        exact = self._entries.get(wanted)
+        if exact is not None:
+            return exact
+        fits = [
+            entry
+            for sizes, entry in self._entries.items()
+            if all(size >= want for size, want in zip(sizes, wanted, strict=True))
+        ]
+        return min(fits, key=lambda entry: sum(entry.sizes))
+
+    def _load(self, inputs: D | None, counts: Sizes) -> None:
+        per_rank = self._listed(inputs)
+        for static, mine, count in zip(self._inputs, per_rank, counts, strict=True):
+            static.load(mine, count)
+
+    def _launch(self, entry: _Entry) -> None:
+        for buffer in self._buffers:
+            buffer.check()
+        self._graph(entry).replay()
+        entry.replays += 1
+
+    def _cut(self, outputs: list[Tensors], sizes: Sizes, counts: Sizes) -> D:
+        return self._shape([real_rows(*mine) for mine in zip(outputs, sizes, counts, strict=True)])
+
+    def _entry(self, bucket: int | Sizes) -> _Entry:
+        sizes = (bucket,) * len(self._buffers) if isinstance(bucket, int) else tuple(bucket)
+        entry = self._entries.get(sizes)
+        if entry is None:
+            raise CaptureError(
+                f"bucket {bucket} was not captured; captured are {sorted(self._entries)}"
+            )
+        return entry
+
+    def _graph(self, entry: _Entry) -> HostGraph | CudaGraph:
+        if entry.graph is None:
+            raise CaptureError(f"bucket {entry.sizes} has no graph: its capture did not end")
+        return entry.graph
+
+    def _report(self, entry: _Entry) -> GraphReport:
+        audit = self.audit(entry.sizes)
+        inputs = sum(s.num_bytes(b) for s, b in zip(self._inputs, entry.sizes, strict=True))
+        outputs = self._graph(entry).outputs
+        results = sum(t.numel() * t.element_size() for rank in outputs for t in rank.values())
+        return GraphReport(
+            entry.sizes, audit.counts, audit.launches, inputs + results, entry.replays
+        )
+
+    def _listed(self, inputs: D | None) -> list[Tensors | None]:
+        if inputs is None:
+            return [None] * len(self._buffers)
+        return [inputs] if isinstance(inputs, dict) else list(inputs)
+
+    def _shape(self, per_rank: list[Tensors]) -> D:
+        return cast(D, per_rank[0] if self._single else per_rank)

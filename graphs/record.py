@@ -1,0 +1,103 @@
+"""Which operations a step issues, and the host backend's graph: that list and the step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ep_runtime.errors import CaptureError
+from ep_runtime.graphs.staging import Tensors
+
+if TYPE_CHECKING:
+    from ep_runtime.buffer import Buffer, OpRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One call on one rank's buffer. kind: "dispatch_send", "dispatch_recv" and so on."""
+
+    kind: str
+    chain: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} chain {self.chain} rank {self.rank}"
+
+
+@contextmanager
+def recording(
+    buffers: Sequence[Buffer], expected: Sequence[Operation] | None = None
+) -> Iterator[list[Operation]]:
+    """Write down every operation on these buffers, in order of issue over all of them.
+
+    With `expected`, an operation that differs raises CaptureError before it reaches a peer.
+    """
+    operations: list[Operation] = []
+
+    def recorder(rank: int) -> Callable[[OpRecord], None]:
+        def write_down(record: OpRecord) -> None:
+            operation = Operation(record.kind, record.chain, rank)
+            if expected is not None:
+                _compare(expected, len(operations), operation)
+            operations.append(operation)
+
+        return write_down
+
+    previous = [buffer.recorder for buffer in buffers]
+    for buffer in buffers:
+        buffer.recorder = recorder(buffer.rank)
+    try:
+        yield operations
+    finally:
+        for buffer, before in zip(buffers, previous, strict=True):
+            buffer.recorder = before
+
+
+class HostGraph:
+    """A step recorded on the host backend: replayed by running it, held to what was recorded."""
+
+    def __init__(self, buffers: Sequence[Buffer], run: Callable[[], list[Tensors]]) -> None:
+        self._buffers = buffers
+        self._run = run
+        with recording(buffers) as operations:
+            outputs = run()
+        self.operations = tuple(operations)
+        # A replay writes where the first run wrote, as a CUDA graph does.
+        self.outputs = [{name: t.clone() for name, t in rank.items()} for rank in outputs]
+
+    def replay(self) -> None:
+        """Run the step again. Raises CaptureError if it issues other operations than before."""
+        with recording(self._buffers, self.operations) as operations:
+            outputs = self._run()
+        if len(operations) < len(self.operations):
+            _compare(self.operations, len(operations), None)
+        for static, fresh in zip(self.outputs, outputs, strict=True):
+            _copy(static, fresh)
+
+
+def _compare(recorded: Sequence[Operation], at: int, issued: Operation | None) -> None:
+    """Raise CaptureError unless operation `at` (None: the step's end) is the recorded one."""
+    wanted = recorded[at] if at < len(recorded) else None
+    if issued != wanted:
+        raise CaptureError(
+            f"replay came to {issued or 'the end'} at operation {at}, recorded was "
+            f"{wanted or 'the end'}; a step's sequence may depend on the bucket only: take the "
+            "branch out of the step, or capture again"
+        )
+
+
+def _copy(static: Tensors, fresh: Tensors) -> None:
+    if static.keys() != fresh.keys():
+        raise CaptureError(
+            f"the step returned {sorted(fresh)}, it was captured with {sorted(static)}; return the "
+            "same outputs every time"
+        )
+    for name, tensor in fresh.items():
+        if tensor.shape != static[name].shape:
+            raise CaptureError(
+                f"output {name!r} has shape {list(tensor.shape)}, it was captured with "
+                f"{list(static[name].shape)}; shapes may depend on the bucket only"
+            )
+        static[name].copy_(tensor)

@@ -1,0 +1,147 @@
+"""Measuring, predicting, choosing and drawing, with a clock that the test moves."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import pytest
+
+from ep_runtime.scheduler import (
+    Span,
+    Timeline,
+    choose,
+    plan,
+    predict,
+    run_interleaved,
+    run_serial,
+    trace,
+)
+from ep_runtime.world import World
+
+
+class ManualClock:
+    """Time in microseconds that passes only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def mark(self) -> float:
+        return self.now
+
+    def read(self, marks: Sequence[float]) -> list[float]:
+        return [mark - marks[0] for mark in marks]
+
+
+class Flight:
+    """A message that arrives `us` after it was sent."""
+
+    def __init__(self, clock: ManualClock, us: float) -> None:
+        self._clock, self._arrival = clock, clock.now + us
+
+    def wait(self) -> None:
+        self._clock.now = max(self._clock.now, self._arrival)
+
+
+def batch(clock: ManualClock, compute: Sequence[float], flight: float) -> Generator[Any, Any, str]:
+    for us in compute[:-1]:
+        clock.now += us
+        yield Flight(clock, flight)
+    clock.now += compute[-1]
+    return "done"
+
+
+def test_trace_reports_what_happened_when() -> None:
+    clock = ManualClock()
+    results, timeline = trace([batch(clock, [5, 7], 3)], run_serial, clock)
+    assert results == ["done"]
+    assert timeline.spans == (
+        Span(0, "compute", 0, 5),
+        Span(0, "wait", 5, 8),
+        Span(0, "compute", 8, 15),
+    )
+    assert timeline.total_us == 15
+    assert timeline.us("wait") == 3
+
+
+@pytest.mark.parametrize(
+    ("compute", "flight"),
+    [([10, 10, 10], 4), ([10, 10, 10], 40), ([1, 30, 2], 20), ([3], 9), ([5, 5], 0)],
+)
+def test_prediction_equals_the_run_where_messages_fly_freely(
+    compute: list[float], flight: float
+) -> None:
+    clock = ManualClock()
+    _, serial = trace([batch(clock, compute, flight) for _ in "AB"], run_serial, clock)
+    _, measured = trace([batch(clock, compute, flight) for _ in "AB"], run_interleaved, clock)
+    assert predict(serial) == measured
+    assert measured.total_us <= serial.total_us
+
+
+def test_prediction_charges_receives_that_find_everything_arrived() -> None:
+    clock = ManualClock()
+    _, serial = trace([batch(clock, [10, 10], 4) for _ in "AB"], run_serial, clock)
+    assert predict(serial, receive_us=1).total_us == predict(serial).total_us + 2
+
+
+def test_plan_interleaves_where_flight_hides_behind_compute() -> None:
+    clock = ManualClock()
+    made = plan(lambda: [batch(clock, [10, 10, 10], 8) for _ in "AB"], clock=clock)
+    assert made.interleave
+    assert made.serial_us == 2 * (30 + 16)
+    assert made.interleaved_us == 60
+    assert made.speedup == pytest.approx(92 / 60)
+    assert made.run([batch(clock, [1], 0)]) == ["done"]
+    assert made.predicted == made.interleaved
+
+
+def test_plan_stays_serial_where_there_is_nothing_to_hide() -> None:
+    clock = ManualClock()
+    made = plan(lambda: [batch(clock, [10, 10], 0) for _ in "AB"], clock=clock)
+    assert not made.interleave
+    assert made.reason.startswith("serial: ")
+
+
+def test_drawing_shows_both_orders_at_one_scale() -> None:
+    clock = ManualClock()
+    made = plan(lambda: [batch(clock, [10, 10], 20) for _ in "AB"], clock=clock)
+    text = made.draw(width=40)
+    serial_a = next(line for line in text.splitlines() if line.startswith("  A |"))
+    assert serial_a == "  A |#####..........#####" + " " * 20 + "|"
+    assert text.count("\n  B |") == 3
+    assert "interleaved, predicted: 50.0 us" in text
+
+
+def test_a_timeline_of_nothing_can_be_drawn() -> None:
+    assert Timeline(()).draw("empty", 0.0) == "empty: 0.0 us"
+
+
+@pytest.mark.parametrize(("gain", "interleave"), [(0.5, False), (0.05, True)])
+def test_choice_needs_the_gain_that_was_asked_for(gain: float, interleave: bool) -> None:
+    clock = ManualClock()
+
+    def takes(us: float) -> None:
+        clock.now += us
+
+    made = choose(lambda: takes(100), lambda: takes(80), clock=clock, min_gain=gain)
+    assert made.interleave is interleave
+    assert (made.serial_us, made.interleaved_us) == (100, 80)
+
+
+def test_the_slowest_rank_decides_for_all() -> None:
+    clock = ManualClock()
+
+    class OtherRankIsSlow(World):
+        def all_gather(self, data: bytes) -> list[bytes]:
+            return [data, struct.pack("<2d", 50, 90)]
+
+    world = OtherRankIsSlow(None, 0, 1)
+    world.num_ranks = 2
+
+    def takes(us: float) -> None:
+        clock.now += us
+
+    made = choose(lambda: takes(60), lambda: takes(40), clock=clock, world=world)
+    assert (made.serial_us, made.interleaved_us) == (60, 90)
+    assert not made.interleave
