@@ -13,6 +13,7 @@ Objects lie in build/objects under a hash of their command and are reused while 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -60,7 +61,6 @@ class Cuda:
     """A CUDA compiler and what to compile for."""
 
     nvcc: str
-    found_by: str
     version: str
     include: list[str]
     libraries: list[str]
@@ -82,6 +82,7 @@ def nvcc_candidates() -> Iterator[tuple[str, str | None]]:
     yield "pip CUDA toolkit", str(wheel / "nvcc") if wheel else None
 
 
+@functools.cache
 def find_cuda() -> tuple[Cuda | None, str]:
     """The compiler, or why there is none. A compiler that was asked for by name must work."""
     if os.environ.get("EP_NO_CUDA", "0") not in ("", "0"):
@@ -95,11 +96,12 @@ def find_cuda() -> tuple[Cuda | None, str]:
                     f"ep_runtime: {found_by} says {path}, which is no program; unset it"
                 )
             continue
-        return describe_cuda(path, found_by), f"nvcc from {found_by}"
+        cuda = describe_cuda(path)
+        return cuda, f"nvcc {cuda.version} from {found_by} ({path})"
     return None, "no nvcc in EP_NVCC, CUDA_HOME, PATH or the pip CUDA toolkit"
 
 
-def describe_cuda(nvcc: str, found_by: str) -> Cuda:
+def describe_cuda(nvcc: str) -> Cuda:
     """Ask nvcc itself where its headers and libraries are: `nvcc` may be a wrapper script."""
     version_text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True)
     version = re.search(r"release [\d.]+, V([\d.]+)", version_text.stdout)
@@ -118,7 +120,6 @@ def describe_cuda(nvcc: str, found_by: str) -> Cuda:
     archs = [a for a in re.split(r"[;, ]+", os.environ.get("EP_CUDA_ARCHS") or "90") if a]
     return Cuda(
         nvcc=nvcc,
-        found_by=found_by,
         version=version.group(1),
         include=[str(p) for p in include if (p / "cuda_runtime.h").exists()],
         libraries=[str(p) for p in libraries if (p / "libcudart_static.a").exists()],
@@ -164,8 +165,7 @@ def host_command(cuda: Cuda | None, *extra: str) -> list[str]:
     include = [str(CSRC), pybind11.get_include(), sysconfig.get_path("include")]
     include += cuda.include if cuda else []
     archs = ",".join(cuda.archs) if cuda else ""
-    info = f"nvcc {cuda.version} from {cuda.found_by}: {cuda.nvcc}" if cuda else "no nvcc"
-    defines = [f'-DEP_CUDA_ARCHS="{archs}"', f'-DEP_BUILD_INFO="{info}"']
+    defines = [f'-DEP_CUDA_ARCHS="{archs}"']
     defines += ["-DEP_WITH_CUDA=1"] if cuda else []
     isystem = [f"-isystem{p}" for p in include[1:]]
     user = shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -187,10 +187,11 @@ def cudart_flags(cuda: Cuda) -> list[str]:
     return [*found, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
 
 
-def core_commands(cuda: Cuda | None) -> dict[Path, list[str]]:
+def core_commands(cuda: Cuda | None, reason: str) -> dict[Path, list[str]]:
     """Every source of ep_runtime._C with the command that compiles it."""
     host = [CSRC / "bindings.cpp", *CSRC.glob("bindings_*.cpp"), *CSRC.glob("host/*.cpp")]
     commands = dict.fromkeys(sorted(host), host_command(cuda))
+    commands[CSRC / "bindings.cpp"] = host_command(cuda, f'-DEP_BUILD_INFO="{reason}"')
     if cuda:
         device = [cuda.nvcc, *NVCC_FLAGS, *cuda.gencode, "-DEP_WITH_CUDA=1", f"-I{CSRC}"]
         commands |= dict.fromkeys(sorted(CSRC.glob("cuda/*.cu")), device)
@@ -208,7 +209,7 @@ class BuildNative(build_ext):
             assert cuda is not None, "the extension is listed only when there is an nvcc"
             self.build_nvshmem(target, cuda)
             return
-        commands = core_commands(cuda)
+        commands = core_commands(cuda, reason)
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(max_workers=jobs) as pool:
             objects = list(pool.map(compile_one, commands.keys(), commands.values()))

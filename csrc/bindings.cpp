@@ -17,6 +17,9 @@
 #if !defined(EP_CUDA_ARCHS)
 #define EP_CUDA_ARCHS ""
 #endif
+#if !defined(EP_BUILD_INFO)
+#define EP_BUILD_INFO "unknown"
+#endif
 
 namespace ep {
 namespace {
@@ -101,6 +104,7 @@ FaultBoard* board_at(uintptr_t address) {
 void bind_constants(py::module_& m) {
     m.attr("has_cuda") = py::bool_(EP_WITH_CUDA != 0);
     m.attr("cuda_archs") = EP_WITH_CUDA ? EP_CUDA_ARCHS : "";
+    m.attr("build_info") = EP_BUILD_INFO;
     const auto add = [&m](const char* name, auto value) {
         m.attr(name) = static_cast<int64_t>(value);
     };

@@ -3,7 +3,8 @@
 from typing import Final
 
 has_cuda: Final[bool]
-cuda_archs: Final[str]
+cuda_archs: Final[str]  # comma-separated, such as "90,100"; empty without CUDA
+build_info: Final[str]  # which nvcc compiled the CUDA backend, or why there is none
 
 class Fault:
     """One fault record. code: see FAULT_* below; op: OP_*; peer -1 when no peer is to blame."""
