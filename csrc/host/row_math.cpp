@@ -11,48 +11,56 @@
 namespace ep::host {
 namespace {
 
-// float_to_fp8 without branches and without infinities or NaNs above it: those take the slow path.
+// float_to_fp8 for anything but infinities and NaNs, with masks in place of branches: a branch
+// around the addition would keep compilers from vectorising.
 EP_BODY uint8_t finite_to_fp8(float f) {
     const uint32_t u = float_to_bits(f);
     const uint32_t sign = (u >> 24) & 0x80u;
     const uint32_t magnitude = u & 0x7fffffffu;
     // An ulp of 2^14 is 2^-9, the step of e4m3 subnormals: this addition rounds to it.
-    const uint32_t shifted = float_to_bits(bits_to_float(magnitude) + 16384.0f);
-    const uint32_t subnormal = shifted - 0x46800000u;
+    const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 16384.0f) - 0x46800000u;
     const uint32_t rounded = magnitude + 0x7ffffu + ((magnitude >> 20) & 1u);
     const uint32_t normal = (rounded >> 20) - ((127u - 7u) << 3);
-    const uint32_t code = magnitude < 0x3c800000u ? subnormal : normal;  // 2^-6
-    const uint32_t saturated = magnitude >= 0x43e00000u ? 0x7eu : code;  // 448
+    const uint32_t is_normal = 0u - static_cast<uint32_t>(magnitude >= 0x3c800000u);  // 2^-6
+    const uint32_t code = (normal & is_normal) | (subnormal & ~is_normal);
+    const uint32_t saturated = code < 0x7eu ? code : 0x7eu;
     return static_cast<uint8_t>(sign | saturated);
+}
+
+// Magnitudes of BF16 order as integers do. 0x7f80 is infinity; NaNs lie above it.
+EP_BODY uint16_t largest_magnitude(const uint16_t* row, uint16_t limit) {
+    uint16_t largest = 0;
+    for (int i = 0; i < kScaleGroup; ++i) {
+        const uint16_t magnitude = row[i] & 0x7fffu;
+        const uint16_t counted = magnitude <= limit ? magnitude : 0;
+        largest = counted > largest ? counted : largest;
+    }
+    return largest;
+}
+
+EP_BODY float quantise_group(const uint16_t* __restrict row, uint8_t* __restrict values) {
+    constexpr uint16_t kInfinity = 0x7f80;
+    const uint16_t largest = largest_magnitude(row, 0x7fff);
+    const bool finite = largest < kInfinity;
+    const float amax = bf16_to_float(finite ? largest : largest_magnitude(row, kInfinity));
+    const float clamped = amax > kMinAmax ? amax : kMinAmax;
+    const float inverse = kFp8Max / clamped;
+    if (finite) {
+        for (int i = 0; i < kScaleGroup; ++i) {
+            values[i] = finite_to_fp8(bf16_to_float(row[i]) * inverse);
+        }
+    } else {
+        for (int i = 0; i < kScaleGroup; ++i) {
+            values[i] = float_to_fp8(bf16_to_float(row[i]) * inverse);
+        }
+    }
+    return clamped / kFp8Max;
 }
 
 EP_BODY void quantise_body(const uint16_t* __restrict row, int n, uint8_t* __restrict values,
                            float* __restrict scales) {
     for (int start = 0; start < n; start += kScaleGroup) {
-        const uint16_t* in = row + start;
-        uint8_t* out = values + start;
-        // Magnitudes of floats order as integers do; NaNs lie above infinity and count as nothing.
-        uint32_t largest = 0;
-        uint32_t special = 0;
-        for (int i = 0; i < kScaleGroup; ++i) {
-            const uint32_t magnitude = static_cast<uint32_t>(in[i] & 0x7fffu);
-            special |= magnitude >= 0x7f80u ? 1u : 0u;
-            const uint32_t number = magnitude > 0x7f80u ? 0u : magnitude;
-            largest = number > largest ? number : largest;
-        }
-        const float amax = bits_to_float(largest << 16);
-        const float clamped = amax > kMinAmax ? amax : kMinAmax;
-        const float inverse = kFp8Max / clamped;
-        if (special != 0) {
-            for (int i = 0; i < kScaleGroup; ++i) {
-                out[i] = float_to_fp8(bf16_to_float(in[i]) * inverse);
-            }
-        } else {
-            for (int i = 0; i < kScaleGroup; ++i) {
-                out[i] = finite_to_fp8(bf16_to_float(in[i]) * inverse);
-            }
-        }
-        scales[start / kScaleGroup] = clamped / kFp8Max;
+        scales[start / kScaleGroup] = quantise_group(row + start, values + start);
     }
 }
 

@@ -1,0 +1,35 @@
+// The row arithmetic of the host backend behind C functions, so that a test can call it on arrays.
+#include <cstdint>
+
+#include "ep/fp8.h"
+#include "host/row_math.h"
+
+namespace {
+const ep::host::RowMath& math(int portable) {
+    return portable ? ep::host::portable_row_math() : ep::host::row_math();
+}
+}  // namespace
+
+extern "C" {
+
+void floats_to_fp8(const float* in, int n, uint8_t* out) {
+    for (int i = 0; i < n; ++i) out[i] = ep::float_to_fp8(in[i]);
+}
+void floats_to_bf16(const float* in, int n, uint16_t* out) {
+    for (int i = 0; i < n; ++i) out[i] = ep::float_to_bf16(in[i]);
+}
+void bf16_to_floats(const uint16_t* in, int n, float* out) {
+    for (int i = 0; i < n; ++i) out[i] = ep::bf16_to_float(in[i]);
+}
+void quantise(int portable, const uint16_t* row, int n, uint8_t* values, float* scales) {
+    math(portable).quantise(row, n, values, scales);
+}
+void multiply_add(int portable, float weight, const uint16_t* row, int n, float* sum) {
+    math(portable).multiply_add(weight, row, n, sum);
+}
+void add(int portable, const uint16_t* row, int n, float* sum) { math(portable).add(row, n, sum); }
+void round_row(int portable, const float* sum, int n, uint16_t* row) {
+    math(portable).round(sum, n, row);
+}
+
+}  // extern "C"
