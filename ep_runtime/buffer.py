@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from types import TracebackType
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 
-from ep_runtime import env
 from ep_runtime.config import EpConfig
 from ep_runtime.connect import Backend, choose_device, connect
-from ep_runtime.errors import EpError, SequenceError
-from ep_runtime.faults import fatal_error, routing_error
-from ep_runtime.handles import Handle, Received, StepStats, allocate_inbox
-from ep_runtime.layout import layout_of
+from ep_runtime.errors import SequenceError
+from ep_runtime.handles import Handle, Received
 from ep_runtime.memory import RankMemory
-from ep_runtime.memory.base import log
-from ep_runtime.native import _C
-from ep_runtime.ops import make_ops
 from ep_runtime.order import SendOrder
 from ep_runtime.pending import Pending
-from ep_runtime.validate import Checker
+from ep_runtime.rank import Rank
 from ep_runtime.world import World
 
-CLOSE_TIMEOUT_S = 10.0  # how long close() waits for peers before it keeps what they may write to
 
-
-class Buffer:
+class Buffer(Rank):
     """One rank's end of the group: its heap, its chains, and the operations on them.
 
     Building one is collective. All state of a step lives on the device, so captured operations
@@ -51,8 +41,8 @@ class Buffer:
         """
         place = world.agree("choosing the backend", lambda: choose_device(backend, device))
         memory = connect(config, world, place)
-        self._assemble(config, world, place, memory, None)
-        world.barrier()  # nobody sends before every heap is zeroed and mapped
+        # Also the barrier: nobody sends before every heap is zeroed and mapped.
+        world.agree("allocating", lambda: self._assemble(config, world, place, memory, None))
 
     @classmethod
     def _virtual(
@@ -66,56 +56,6 @@ class Buffer:
         self = cls.__new__(cls)
         self._assemble(config, world, device, memory, order)
         return self
-
-    def _assemble(
-        self,
-        config: EpConfig,
-        world: World,
-        device: torch.device,
-        memory: RankMemory,
-        order: SendOrder | None,
-    ) -> None:
-        self.config = config
-        self.world = world
-        self.rank = world.rank
-        self.num_ranks = world.num_ranks
-        self.device = device
-        self.memory_kind = memory.kind
-        self._memory = memory
-        self._order = order
-        self._closed = False
-        self._on_host = device.type == "cpu"
-        self._fault = memory.fault
-        self._identity = object()
-        self._ops = make_ops(config, self.rank, memory, device)
-        self._check_dispatch = Checker(config, self.num_ranks, device, self._identity).dispatch
-        self._check_combine = Checker(config, self.num_ranks, device, self._identity).combine
-        self._inboxes = [
-            allocate_inbox(config, self.num_ranks, chain, device, self._identity)
-            for chain in range(config.num_chains)
-        ]
-        self._open: list[Pending[Received] | Pending[torch.Tensor] | None]
-        self._open = [None] * config.num_chains
-        self._routing_told = 0
-        self._read_fault, self._read_routing = _C.read_fault, _C.read_routing_fault
-        self._ops.synchronize()
-        self.set_time_budget(env.read().warmup_timeout_s)
-
-    @property
-    def backend(self) -> Literal["host", "cuda"]:
-        """Where this rank works."""
-        return "host" if self._on_host else "cuda"
-
-    @property
-    def local_experts(self) -> range:
-        """The experts this rank owns."""
-        count = self.config.local_experts(self.num_ranks)
-        return range(self.rank * count, (self.rank + 1) * count)
-
-    @property
-    def virtual(self) -> bool:
-        """True for one of several ranks of this process."""
-        return self._order is not None
 
     # ---- operations -----------------------------------------------------------------------------
 
@@ -247,8 +187,6 @@ class Buffer:
 
     def _claim(self, op: str, chain: int) -> None:
         """Raise unless every receive of the chain was waited for (in this process's calls)."""
-        if self._closed:
-            raise SequenceError(f"{op} on a closed Buffer; build a new one")
         unfinished = self._open[chain]
         if unfinished is not None:
             raise SequenceError(
@@ -265,9 +203,7 @@ class Buffer:
     def _after_host_wait(self) -> None:
         """A host receive has already failed or not when it returns: say so now."""
         if self._on_host:
-            fault = self._read_fault(self._fault)
-            if fault is not None:
-                raise fatal_error(fault, self._budget_s)
+            self._check_fatal()
 
     def _only_alone(self, op: str, split: str) -> None:
         order = self._order
@@ -279,110 +215,4 @@ class Buffer:
             f"{op} on virtual rank {self.rank}, which shares {self.device} with other ranks: its"
             f" receive would keep their sends from starting; call {split}() on every rank, then"
             " wait() on every result"
-        )
-
-    # ---- faults, budget, statistics -------------------------------------------------------------
-
-    def check(self) -> None:
-        """Raise what the device recorded; reads host memory, never synchronises.
-
-        PeerTimeout, DesyncError or SequenceError stay until reset(). RoutingFault is raised once.
-        """
-        fault = self._read_fault(self._fault)
-        if fault is not None:
-            raise fatal_error(fault, self._budget_s)
-        routing = self._read_routing(self._fault)
-        if routing is not None and routing.count != self._routing_told:
-            # Counted, not cleared: a fatal fault recorded meanwhile must not be lost.
-            dropped, self._routing_told = routing.count - self._routing_told, routing.count
-            raise routing_error(routing, dropped)
-
-    @property
-    def time_budget_s(self) -> float:
-        """Seconds that an operation waits for a peer."""
-        return self._budget_s
-
-    def set_time_budget(self, seconds: float) -> None:
-        """Bound every wait from now on, replays included. Synchronises; not for captured code."""
-        if not seconds > 0:
-            raise SequenceError(f"time budget {seconds!r} s: it must be above 0")
-        self._ops.native.set_time_budget(int(seconds * 1e9))
-        self._budget_s = seconds
-
-    def steady(self) -> None:
-        """Kernels are loaded everywhere: go from the warm-up budget to the steady one."""
-        self.set_time_budget(env.read().timeout_s)
-
-    def stats(self, chain: int = 0) -> StepStats:
-        """What `chain` moved since its statistics were last zeroed. Synchronises."""
-        values = self._ops.native.read_stats(chain)
-        return StepStats(**{field.name: values[field.name] for field in fields(StepStats)})
-
-    def stats_region(self, chain: int) -> tuple[int, int]:
-        """(address, bytes) of the chain's statistics: local memory, which a reset node zeroes."""
-        layout = layout_of(self.config, self.num_ranks)
-        offset = layout.stats_offset + chain * layout.stats_stride
-        return self._memory.local + offset, layout.stats_bytes
-
-    def epochs(self, chain: int = 0) -> tuple[int, int]:
-        """(dispatched, combined) of the chain's device words. Synchronises; for diagnosis."""
-        return self._ops.native.read_state(chain)
-
-    # ---- life -----------------------------------------------------------------------------------
-
-    def reset(self) -> None:
-        """Forget everything in flight and every fault. Collective, synchronises.
-
-        Ranks of processes meet before and after; virtual ranks are reset one by one, all of them
-        before the next operation. Raises PeerTimeout if a rank does not come.
-        """
-        self._ops.synchronize()
-        self.world.barrier()
-        self._ops.native.reset()
-        _C.clear_faults(self._fault)
-        self._routing_told = 0
-        self._open = [None] * self.config.num_chains
-        if self._order is not None:
-            self._order.forget(self.rank)
-        self.set_time_budget(self._budget_s)
-        self.world.barrier()
-
-    def close(self) -> None:
-        """Give the memory back; again: nothing. Waits a bounded time for the peers to close too."""
-        self._close(with_peers=True)
-
-    def _close(self, with_peers: bool) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        healthy = with_peers and self._read_fault(self._fault) is None
-        if healthy:
-            self._ops.synchronize()
-        self._memory.close(self._meet if healthy else lambda: False)
-
-    def _meet(self) -> bool:
-        self.world.timeout_s = min(self.world.timeout_s, CLOSE_TIMEOUT_S)
-        try:
-            self.world.barrier()
-        except EpError as error:
-            log.warning("closing without the peers: %s", error)
-            return False
-        return True
-
-    def __enter__(self) -> Buffer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # After an error the peers may be elsewhere: do not wait for them.
-        self._close(with_peers=kind is None)
-
-    def __repr__(self) -> str:
-        return (
-            f"Buffer(rank {self.rank} of {self.num_ranks}, {self.device}, {self.memory_kind},"
-            f" {self.config})"
         )

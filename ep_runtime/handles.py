@@ -43,7 +43,7 @@ class Received:
     scales         float32 [..., H/128], value = x * scale; None for bf16
     recv_count     int32 [L]: rows of each local expert
     expert_offset  "contiguous" int32 [L+1]: multiples of the alignment; the last is the end
-    topk_idx       "compact" int32 [R*M, K]: local expert, or -1: another rank's, none, or no such row
+    topk_idx       "compact" int32 [R*M, K]: local expert; -1: another rank's, none, no row
     topk_weights   "compact" float32 [R*M, K]
     num_messages   int32 [R]: tokens received from each source
     handle         what combine takes

@@ -16,7 +16,8 @@ from ep_runtime.native import _C
 class Ops(Protocol):
     """One rank's operations. Strides in elements; a `num_tokens` tensor bounds the real rows."""
 
-    native: _C.HostRank | _C.CudaRank
+    @property
+    def native(self) -> _C.HostRank | _C.CudaRank: ...
 
     def dispatch_send(
         self,

@@ -89,33 +89,34 @@ class World:
             ) from error
         return cls(store, rank, num_ranks, timeout_s)
 
-    def all_gather(self, data: bytes) -> list[bytes]:
-        """Every rank's `data`, by rank."""
+    def all_gather(self, data: bytes, *, timeout_s: float | None = None) -> list[bytes]:
+        """Every rank's `data`, by rank. `timeout_s` replaces the world's for this call."""
         self._calls += 1
         if self._store is None:
             return [data]
+        limit = self.timeout_s if timeout_s is None else timeout_s
         try:
-            return self._exchange(self._store, data)
+            return self._exchange(self._store, data, limit)
         except dist.DistError as error:
             raise GroupFault(
                 f"rank {self.rank} lost the store that joins the ranks ({error}); its host (rank"
                 " 0 or the launcher) is gone: end this process and start the group again"
             ) from error
 
-    def _exchange(self, store: Store, data: bytes) -> list[bytes]:
+    def _exchange(self, store: Store, data: bytes, limit_s: float) -> list[bytes]:
         keys = [f"{self._prefix}/{self._calls}/{rank}" for rank in range(self.num_ranks)]
         # Never empty: not every store takes that. Any bytes are taken, the stub says str.
         store.set(keys[self.rank], b"=" + data)  # type: ignore[arg-type]
         started = time.monotonic()
         try:
-            store.wait(keys, timedelta(seconds=self.timeout_s))
+            store.wait(keys, timedelta(seconds=limit_s))
         except dist.DistStoreError as error:
             missing = next((r for r, key in enumerate(keys) if not store.check([key])), None)
             if missing is None:
                 return self._collect(store, keys)
             raise PeerTimeout(
                 f"rank {missing} did not reach collective {self._calls} within"
-                f" {time.monotonic() - started:.1f} s (limit {self.timeout_s:g} s); look at that"
+                f" {time.monotonic() - started:.1f} s (limit {limit_s:g} s); look at that"
                 " rank's log, or raise EP_WARMUP_TIMEOUT_S if it was only slow",
                 rank=self.rank,
                 peer=missing,
@@ -133,9 +134,9 @@ class World:
         """`data` of rank `root` (what other ranks pass is ignored)."""
         return self.all_gather(data if self.rank == root else b"")[root]
 
-    def barrier(self) -> None:
-        """Return when every rank has called it."""
-        self.all_gather(b"")
+    def barrier(self, *, timeout_s: float | None = None) -> None:
+        """Return when every rank has called it. `timeout_s` replaces the world's."""
+        self.all_gather(b"", timeout_s=timeout_s)
 
     def agree(self, what: str, step: Callable[[], T]) -> T:
         """Run `step` on every rank; if it fails on any rank, every rank raises.
@@ -173,11 +174,13 @@ class VirtualWorld(World):
         self.rank = rank
         self.num_ranks = num_ranks
 
-    def all_gather(self, data: bytes) -> list[bytes]:
+    def all_gather(self, data: bytes, *, timeout_s: float | None = None) -> list[bytes]:
+        del timeout_s
         raise errors.SequenceError(
             f"all_gather of {len(data)} bytes on virtual rank {self.rank} of {self.num_ranks}: its"
             " peers share this thread and cannot wait for each other; exchange Python objects"
         )
 
-    def barrier(self) -> None:
+    def barrier(self, *, timeout_s: float | None = None) -> None:
         """Nothing: one thread drives all ranks."""
+        del timeout_s

@@ -75,3 +75,8 @@ class RankMemory:
                 memory.close()
         else:
             _kept.extend(owned)
+
+    def abandon(self) -> None:
+        """Keep everything until the process ends: kernels in flight may still use it."""
+        _kept.extend((*self.mappings, *self.owned))
+        self.mappings, self.owned = [], []
