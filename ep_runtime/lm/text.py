@@ -99,7 +99,7 @@ class _Paragraphs(HTMLParser):
             self.found.append(plain("".join(self._held)))
         self._held = None
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:  # noqa: ARG002
         if tag in _SKIPPED_TAGS:
             self._skipped += 1
         if tag == "p":

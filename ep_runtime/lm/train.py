@@ -168,7 +168,8 @@ def train(arguments: argparse.Namespace) -> dict[str, object]:
             val_bits = bits_per_byte(model, val, arguments.batch, limit=arguments.val_windows)
             print(
                 f"{elapsed:6.0f} s  step {steps:6d}"
-                f"  {steps * arguments.batch * (length - 1) / 1e6:8.1f} MB  train {running / math.log(2):.3f}  val {val_bits:.3f} bits per byte"
+                f"  {steps * arguments.batch * (length - 1) / 1e6:8.1f} MB"
+                f"  train {running / math.log(2):.3f}  val {val_bits:.3f} bits per byte"
                 f"  balance {balance.item():.3f}",
                 flush=True,
             )
