@@ -30,7 +30,9 @@ def all_bf16() -> Tensor:
 
 
 def random_bits(n: int) -> Tensor:
-    return torch.randint(-(2**31), 2**31, (n,), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    return (
+        torch.randint(-(2**31), 2**31, (n,), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    )
 
 
 def fp8_ties_and_neighbours() -> Tensor:

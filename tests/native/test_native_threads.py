@@ -23,7 +23,9 @@ def require_sanitizer(flags: str, directory: Path) -> None:
     source.write_text("int main() { return 0; }\n")
     command = [compiler(), f"-fsanitize={flags}", str(source), "-o", str(directory / "nothing")]
     if subprocess.run(command, capture_output=True, timeout=60).returncode != 0:
-        pytest.skip(f"{compiler()} cannot link -fsanitize={flags}; install libtsan, libasan, libubsan")
+        pytest.skip(
+            f"{compiler()} cannot link -fsanitize={flags}; install libtsan, libasan, libubsan"
+        )
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

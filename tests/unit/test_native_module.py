@@ -1,0 +1,308 @@
+"""The native module's own surface: limits, layout, arguments it refuses, memory it hands out."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from native_ranks import Ranks, Received, Sizes, random_step
+
+from ep_runtime import _C
+
+GOOD = {
+    "num_ranks": 4,
+    "num_experts": 16,
+    "topk": 4,
+    "hidden": 256,
+    "max_tokens": 12,
+    "num_chains": 2,
+    "wire": _C.WIRE_BF16,
+}
+
+
+def test_limits_are_those_of_the_protocol() -> None:
+    assert _C.limits() == {
+        "max_ranks": 72,
+        "max_topk": 32,
+        "max_hidden": 16384,
+        "max_experts": 1024,
+        "max_chains": 8,
+        "max_tokens": 8192,
+        "hidden_multiple": 128,
+    }
+
+
+def test_a_build_without_cuda_has_no_gpu_names() -> None:
+    assert _C.has_cuda == (_C.cuda_archs != "")
+    assert _C.has_cuda == hasattr(_C, "CudaRank")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_ranks": 0},
+        {"num_ranks": 73, "num_experts": 73},
+        {"num_experts": 18},
+        {"num_experts": 1028},
+        {"topk": 0},
+        {"topk": 33},
+        {"hidden": 0},
+        {"hidden": 100},
+        {"hidden": 16512},
+        {"max_tokens": 0},
+        {"max_tokens": 8193},
+        {"num_chains": 9},
+        {"wire": 2},
+    ],
+    ids=str,
+)
+def test_shapes_out_of_range_are_refused(change: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change)).split("_")[-1]):
+        _C.Shape(**(GOOD | change))
+
+
+@given(
+    num_ranks=st.integers(1, 72),
+    local_experts=st.integers(1, 14),
+    topk=st.integers(1, 32),
+    groups=st.integers(1, 128),
+    max_tokens=st.integers(1, 8192),
+    num_chains=st.integers(1, 8),
+    fp8=st.booleans(),
+)
+def test_layout_holds_everything_in_whole_lines(
+    num_ranks: int,
+    local_experts: int,
+    topk: int,
+    groups: int,
+    max_tokens: int,
+    num_chains: int,
+    fp8: bool,
+) -> None:
+    hidden = 128 * groups
+    shape = _C.Shape(
+        num_ranks=num_ranks,
+        num_experts=num_ranks * local_experts,
+        topk=topk,
+        hidden=hidden,
+        max_tokens=max_tokens,
+        num_chains=num_chains,
+        wire=_C.WIRE_FP8 if fp8 else _C.WIRE_BF16,
+    )
+    layout = _C.layout(shape)
+    row = hidden + 4 * groups if fp8 else 2 * hidden
+    payload = layout["message_bytes"]
+    assert payload in (row + 8 + 12 * topk, row + 12 + 12 * topk)
+    assert payload % 8 == 0
+    assert layout["message_stride"] == 128 * layout["message_lines"] == 128 * -(-payload // 120)
+    assert layout["combine_stride"] == 128 * -(-2 * hidden // 120)
+    slots = num_ranks * max_tokens * (layout["message_stride"] + layout["combine_stride"])
+    chain = slots + 2 * num_ranks * layout["counts_stride"]
+    assert layout["heap_bytes"] == 128 + num_chains * chain
+    last_stats = layout["stats_offset"] + (num_chains - 1) * layout["stats_stride"]
+    assert last_stats + layout["stats_bytes"] < layout["local_bytes"]
+
+
+def target(**change: int) -> _C.RecvTarget:
+    arguments = dict.fromkeys(
+        ["x", "scales", "recv_count", "expert_offset", "topk_idx", "topk_weights", "num_messages"],
+        128,
+    )
+    return _C.RecvTarget(**({"format": _C.RECV_BATCHED, "alignment": 1} | arguments | change))
+
+
+@pytest.mark.parametrize(
+    "change", [{"format": 3}, {"format": -1}, {"alignment": 0}, {"alignment": 65537}], ids=str
+)
+def test_receive_formats_out_of_range_are_refused(change: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        target(**change)
+
+
+def test_addresses_are_never_negative() -> None:
+    with pytest.raises(TypeError):
+        target(x=-1)
+
+
+@pytest.mark.parametrize(
+    ("recv_format", "missing"),
+    [
+        (_C.RECV_BATCHED, "x"),
+        (_C.RECV_BATCHED, "scales"),
+        (_C.RECV_BATCHED, "recv_count"),
+        (_C.RECV_BATCHED, "num_messages"),
+        (_C.RECV_CONTIGUOUS, "expert_offset"),
+        (_C.RECV_COMPACT, "topk_idx"),
+        (_C.RECV_COMPACT, "topk_weights"),
+    ],
+)
+def test_a_receive_without_an_array_it_needs_is_refused(recv_format: int, missing: str) -> None:
+    group = Ranks(Sizes(fp8=True))
+    with pytest.raises(ValueError, match=missing):
+        group.ranks[0].dispatch_recv(0, target(format=recv_format, **{missing: 0}))
+    assert group.fault(0) is None
+
+
+Call = Callable[[Ranks], object]
+BAD_CALLS: dict[str, tuple[str, Call]] = {
+    "chain too large": ("chain 2", lambda g: g.ranks[0].read_state(2)),
+    "negative chain": ("chain -1", lambda g: g.ranks[0].read_stats(-1)),
+    "chain of a receive": ("chain 2", lambda g: g.dispatch_recv(0, chain=2)),
+    "too many tokens": ("num_tokens 13", lambda g: g.dispatch_send(0, random_step(g.sizes, 13))),
+    "too many rows back": (
+        "num_tokens 13",
+        lambda g: g.ranks[0].combine_recv(0, 128, 13, 0),
+    ),
+    "index width": (
+        "idx_bytes",
+        lambda g: g.dispatch_send(0, random_step(g.sizes, 1, torch.int16)),
+    ),
+    "null rows": ("null", lambda g: g.ranks[0].dispatch_send(0, 0, 256, 128, 8, 128, 1, 0)),
+    "null answers": ("y", lambda g: g.ranks[0].combine_send(0, 0, 256)),
+    "null result": ("out", lambda g: g.ranks[0].combine_recv(0, 0, 1, 0)),
+    "negative stride": ("stride", lambda g: g.ranks[0].combine_send(0, 128, -1)),
+    "no budget": ("budget", lambda g: g.ranks[0].set_time_budget(0)),
+    "null fault board": ("null", lambda _: _C.read_fault(0)),
+}
+
+
+@pytest.mark.parametrize(("message", "call"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
+def test_arguments_that_no_shape_allows_are_refused(message: str, call: Call) -> None:
+    group = Ranks(Sizes())
+    with pytest.raises(ValueError, match=message):
+        call(group)
+    assert group.fault(0) is None
+    assert group.ranks[0].read_state(0) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("rank 4", {"rank": 4}),
+        ("rank -1", {"rank": -1}),
+        ("3 heaps", {"heaps": [128, 256, 384]}),
+        ("heap of rank 2.*aligned", {"heaps": [128, 256, 392, 512]}),
+        ("heap of rank 0.*null", {"heaps": [0, 128, 256, 384]}),
+        ("local", {"local": 0}),
+        ("fault", {"fault": 4}),
+    ],
+)
+def test_ranks_without_a_place_are_refused(message: str, change: dict[str, object]) -> None:
+    group = Ranks(Sizes())
+    good = {
+        "shape": group.shape,
+        "rank": 0,
+        "heaps": [heap.address for heap in group.heaps],
+        "local": group.locals[0].address,
+        "fault": group.faults[0].address,
+    }
+    with pytest.raises(ValueError, match=message):
+        _C.HostRank(**(good | change))  # type: ignore[arg-type]
+
+
+def test_a_batched_receive_needs_only_its_own_arrays() -> None:
+    sizes = Sizes(num_ranks=1, num_experts=2, topk=1)
+    group = Ranks(sizes)
+    group.dispatch_send(0, random_step(sizes, 3))
+    received = Received(sizes, _C.RECV_BATCHED)
+    group.ranks[0].dispatch_recv(0, received.target())
+    assert bool((received.expert_offset == -7).all())
+    assert bool((received.topk_idx == -7).all())
+
+
+def test_host_memory_is_aligned_zeroed_and_ends_with_close() -> None:
+    memory = _C.HostMemory(10_000)
+    assert memory.address % 4096 == 0
+    assert ctypes.string_at(memory.address, 10_000) == bytes(10_000)
+    memory.close()
+    memory.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        _ = memory.address
+
+
+@pytest.mark.parametrize("num_bytes", [0, -1])
+def test_memory_of_no_size_is_refused(num_bytes: int) -> None:
+    with pytest.raises(ValueError, match="num_bytes"):
+        _C.HostMemory(num_bytes)
+    with pytest.raises(ValueError, match="num_bytes"):
+        _C.ShmSegment("/ep-never", num_bytes, create=True)
+
+
+def test_memory_that_no_machine_has_is_an_os_error() -> None:
+    with pytest.raises(OSError, match="mapping"):
+        _C.HostMemory(2**62)
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """A name for shared memory that is gone after the test."""
+    name = f"/ep-test-{os.getpid()}-{secrets.token_hex(4)}"
+    yield name
+    Path(f"/dev/shm{name}").unlink(missing_ok=True)
+
+
+def test_shared_memory_is_private_zeroed_and_shared(name: str) -> None:
+    made = _C.ShmSegment(name, 5000, create=True)
+    file = Path(f"/dev/shm{name}")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert ctypes.string_at(made.address, 5000) == bytes(5000)
+    code = (
+        "import ctypes, sys\nfrom ep_runtime import _C\n"
+        f"segment = _C.ShmSegment({name!r}, 5000, create=False)\n"
+        "ctypes.memmove(segment.address + 4990, b'here', 4)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert ctypes.string_at(made.address + 4990, 4) == b"here"
+    made.unlink()
+    assert not file.exists()
+    made.unlink()  # gone already: no error
+    assert ctypes.string_at(made.address + 4990, 4) == b"here"  # mapped until close
+    made.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        _ = made.address
+
+
+def test_shared_memory_is_made_once(name: str) -> None:
+    first = _C.ShmSegment(name, 4096, create=True)
+    with pytest.raises(FileExistsError, match=name):
+        _C.ShmSegment(name, 4096, create=True)
+    assert Path(f"/dev/shm{name}").exists()  # the failure removed nothing
+    first.unlink()
+
+
+def test_shared_memory_that_is_not_there_or_too_small_is_refused(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=name):
+        _C.ShmSegment(name, 4096, create=False)
+    small = _C.ShmSegment(name, 4096, create=True)
+    with pytest.raises(ValueError, match="4096 bytes, need 8192"):
+        _C.ShmSegment(name, 8192, create=False)
+    small.unlink()
+
+
+def test_shared_memory_that_others_can_open_is_refused(name: str) -> None:
+    _C.ShmSegment(name, 4096, create=True)
+    Path(f"/dev/shm{name}").chmod(0o666)
+    with pytest.raises(PermissionError, match="private"):
+        _C.ShmSegment(name, 4096, create=False)
+
+
+def test_shared_memory_that_does_not_fit_leaves_no_name(name: str) -> None:
+    with pytest.raises(OSError, match="enlarge /dev/shm"):
+        _C.ShmSegment(name, 2**50, create=True)
+    assert not Path(f"/dev/shm{name}").exists()
+
+
+@pytest.mark.parametrize("bad", ["", "/", "/a/b", "x" * 255])
+def test_names_that_are_no_shared_memory_names_are_refused(bad: str) -> None:
+    with pytest.raises(ValueError, match="name"):
+        _C.ShmSegment(bad, 4096, create=True)
