@@ -25,7 +25,7 @@ LAYERS = (
     {"graphs"},
     {"scheduler"},
     {"lm", "bench", "integrations", "reference"},
-    {"cli", "doctor", "__main__"},
+    {"cli", "cli_bench", "cli_tables", "decoding", "doctor", "__main__"},
 )
 # Alternatives: neither knows of the other.
 APART = ({"lm", "bench"}, {"lm", "integrations"}, {"doctor", "lm"}, {"doctor", "bench"})
