@@ -11,21 +11,27 @@
 
 namespace ep {
 
-// A row of the combine inbox, cut so that one pass of the CTA covers a part.
+// A row of the combine inbox, cut so that one pass of the CTA covers a part. Made on the host.
 struct RowParts {
     int32_t parts;
     int32_t lines_per_part;
+    FastDiv by_parts;
+    FastDiv by_slot_items;  // parts of one slot of every source
 
-    static EP_HD RowParts make(int combine_lines, int threads) {
+    static RowParts make(const Context& ctx, int threads) {
         const int fit = threads / kVectorsPerLine;
-        const int parts = static_cast<int>(ceil_div(combine_lines, fit));
-        return {parts, static_cast<int>(ceil_div(combine_lines, parts))};
+        const auto parts = static_cast<int32_t>(ceil_div(ctx.layout.combine_lines, fit));
+        return {parts, static_cast<int32_t>(ceil_div(ctx.layout.combine_lines, parts)),
+                FastDiv::by(static_cast<uint32_t>(parts)),
+                FastDiv::by(static_cast<uint32_t>(parts * ctx.shape.num_ranks))};
     }
     // This thread's vector of the part, or -1.
     __device__ __forceinline__ int vector(int part, int combine_lines) const {
         const int line = part * lines_per_part + static_cast<int>(threadIdx.x) / kVectorsPerLine;
         const bool mine = static_cast<int>(threadIdx.x) < lines_per_part * kVectorsPerLine;
-        return mine && line < combine_lines ? line * kVectorsPerLine + (threadIdx.x & 7) : -1;
+        return mine && line < combine_lines
+                   ? line * kVectorsPerLine + static_cast<int>(threadIdx.x & 7)
+                   : -1;
     }
 };
 
@@ -44,12 +50,9 @@ struct Sum8 {
         }
     }
     __device__ __forceinline__ uint64_t granule(int g) const {
-        uint64_t packed = 0;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            packed |= static_cast<uint64_t>(float_to_bf16(f[4 * g + j])) << (16 * j);
-        }
-        return packed;
+        const uint64_t lo = ptx::pack_bf16x2(f[4 * g], f[4 * g + 1]);
+        const uint64_t hi = ptx::pack_bf16x2(f[4 * g + 2], f[4 * g + 3]);
+        return lo | (hi << 32);
     }
 };
 
@@ -77,6 +80,7 @@ __device__ __forceinline__ Sum8 reduce_rows(const CombineInput& in, const RowRef
     constexpr int kInFlight = 4;
     Sum8 sum;
     bool more = true;
+#pragma unroll 1
     for (int k = 0; k < topk && more; k += kInFlight) {
         RowRef ref[kInFlight];
         uint64_t lo[kInFlight] = {}, hi[kInFlight] = {};
@@ -99,33 +103,40 @@ __device__ __forceinline__ Sum8 reduce_rows(const CombineInput& in, const RowRef
     return sum;
 }
 
-// Shared memory: messages_before[R + 1].
-EP_HD int64_t combine_scratch_bytes(const Context& ctx) { return 4LL * (ctx.shape.num_ranks + 1); }
+// Whether a rank's sum for its own tokens goes through its inbox, as those for others do, or is
+// worked out by the receive. The inbox lets the caller reuse y between the send and the receive;
+// without it there is less to move.
+enum class OwnRows { kThroughInbox, kDirect };
 
-// First half, the whole grid. Pairs with combine_recv at the message's source.
-template <int kThreads>
-__device__ void combine_send(const Context& ctx, const CombineInput& in, int chain, uint64_t epoch,
-                             int32_t* messages_before) {
-    const Shape& shape = ctx.shape;
-    if (threadIdx.x == 0) {
-        int32_t sum = 0;
-        for (int s = 0; s < shape.num_ranks; ++s) {
-            messages_before[s] = sum;
-            sum += ctx.received(chain)[s];
-        }
-        messages_before[shape.num_ranks] = sum;
+// Most messages of one source in the last dispatch. Whole warps call it.
+__device__ __forceinline__ int most_received(const Context& ctx, int chain) {
+    int most = 0;
+#pragma unroll 1
+    for (int s = threadIdx.x & 31; s < ctx.shape.num_ranks; s += 32) {
+        most = max(most, ctx.received(chain)[s]);
     }
-    __syncthreads();
-    const int num_messages = messages_before[shape.num_ranks];
-    const RowParts parts = RowParts::make(ctx.layout.combine_lines, kThreads);
+    return __reduce_max_sync(kFullWarp, most);
+}
+
+// First half, the whole grid. An item is a part of one message; item i belongs to source i % R, so
+// the references can be loaded before the counts. Pairs with combine_recv at the message's source.
+template <int kThreads, OwnRows kOwn>
+__device__ void combine_send(const Context& ctx, const RowParts& parts, const CombineInput& in,
+                             int chain, uint64_t epoch) {
+    const Shape& shape = ctx.shape;
     const int num_granules = shape.hidden / 4;
-    for (int item = blockIdx.x; item < num_messages * parts.parts; item += gridDim.x) {
-        const int m = item / parts.parts;
-        const int v = parts.vector(item - m * parts.parts, ctx.layout.combine_lines);
+    const int items_per_slot = shape.num_ranks * parts.parts;
+    const int num_items = most_received(ctx, chain) * items_per_slot;
+#pragma unroll 1
+    for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
+        const int slot = parts.by_slot_items(item);
+        const int within = item - slot * items_per_slot;
+        const int part = ctx.by_ranks(within);
+        const int source = within - part * shape.num_ranks;
+        if (kOwn == OwnRows::kDirect && source == ctx.rank) continue;
+        if (slot >= ctx.received(chain)[source]) continue;
+        const int v = parts.vector(part, ctx.layout.combine_lines);
         if (v < 0) continue;
-        int source = 0;
-        while (messages_before[source + 1] <= m) ++source;
-        const int slot = m - messages_before[source];
         const int g = first_granule(v);
         const Sum8 sum = reduce_rows(in, ctx.refs(chain, source, slot), shape.topk, g,
                                      !holds_tag(v) && g + 1 < num_granules, g < num_granules);
@@ -133,17 +144,39 @@ __device__ void combine_send(const Context& ctx, const CombineInput& in, int cha
                                {sum.granule(0), holds_tag(v) ? epoch : sum.granule(1)});
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
-        ctx.stats(chain)->bytes_combined += 2ULL * shape.hidden * num_messages;
+        uint64_t messages = 0;
+#pragma unroll 1
+        for (int s = 0; s < shape.num_ranks; ++s) messages += ctx.received(chain)[s];
+        ctx.stats(chain)->bytes_combined += 2ULL * shape.hidden * messages;
     }
 }
 
-// Waits for one vector of the token's row from every rank it went to, and adds them in rank order.
-// Whole warps; false: gave up.
-template <int kInFlight>
-__device__ __forceinline__ bool gather_token(const Context& ctx, Watch& watch, int chain, int token,
-                                             int v, uint64_t epoch, Sum8& sum) {
+// This rank's own sum for its own message, rounded as if it had travelled.
+__device__ __forceinline__ ptx::Vector own_vector(const Context& ctx, const CombineInput& in,
+                                                  int chain, int slot, int v) {
+    const int num_granules = ctx.shape.hidden / 4;
+    const int g = first_granule(v);
+    const Sum8 sum = reduce_rows(in, ctx.refs(chain, ctx.rank, slot), ctx.shape.topk, g,
+                                 !holds_tag(v) && g + 1 < num_granules, g < num_granules);
+    return {sum.granule(0), sum.granule(1)};
+}
+
+// One vector of the token's row: waits for it from every rank the token went to, and adds in rank
+// order. Whole warps; false: gave up.
+template <int kInFlight, OwnRows kOwn>
+__device__ __forceinline__ bool gather_token(const Context& ctx, const CombineInput& in,
+                                             Watch& watch, int chain, int token, int v,
+                                             uint64_t epoch, Sum8& sum) {
     const int num_ranks = ctx.shape.num_ranks;
     const int32_t* sent = ctx.sent_slots(chain, token);
+    ptx::Vector mine{};
+    bool has_own = false;
+    if (kOwn == OwnRows::kDirect) {
+        const int slot = sent[ctx.rank];
+        has_own = slot >= 0 && v >= 0;
+        if (has_own) mine = own_vector(ctx, in, chain, slot, v);
+    }
+#pragma unroll 1
     for (int base = 0; base < num_ranks; base += kInFlight) {
         const uint8_t* from[kInFlight];
         int peers[kInFlight];
@@ -151,37 +184,42 @@ __device__ __forceinline__ bool gather_token(const Context& ctx, Watch& watch, i
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) {
             const int r = base + j;
-            const int slot = r < num_ranks ? sent[r] : -1;
+            const bool direct = kOwn == OwnRows::kDirect && r == ctx.rank;
+            const int slot = r < num_ranks && !direct ? sent[r] : -1;
+            peers[j] = r;
             from[j] =
                 slot >= 0 && v >= 0 ? ctx.combine_at(ctx.rank, chain, r, slot) + 16 * v : nullptr;
-            peers[j] = r;
         }
         if (!await_vectors<kInFlight>(watch, from, peers, holds_tag(v), epoch, row)) return false;
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) {
             if (from[j] != nullptr) sum.add(1.0f, row[j].lo, row[j].hi);
+            if (has_own && base + j == ctx.rank) sum.add(1.0f, mine.lo, mine.hi);
         }
     }
     return true;
 }
 
 // Second half, the whole grid. Padding rows and tokens without experts become zeros.
-template <int kThreads>
-__device__ void combine_recv(const Context& ctx, const CombineOutput& out, int chain,
-                             uint64_t epoch) {
+template <int kThreads, int kInFlight, OwnRows kOwn>
+__device__ void combine_recv(const Context& ctx, const RowParts& parts, const CombineInput& in,
+                             const CombineOutput& out, int chain, uint64_t epoch) {
     const Shape& shape = ctx.shape;
     const int rows = min(out.num_tokens, shape.max_tokens);
     const int valid = out.num_valid == nullptr ? rows : min(rows, *out.num_valid);
-    const RowParts parts = RowParts::make(ctx.layout.combine_lines, kThreads);
     const int num_granules = shape.hidden / 4;
     Watch watch{ctx, Op::kCombine, chain};
+#pragma unroll 1
     for (int item = blockIdx.x; item < rows * parts.parts; item += gridDim.x) {
-        const int token = item / parts.parts;
+        const int token = parts.by_parts(item);
         const int v = parts.vector(item - token * parts.parts, ctx.layout.combine_lines);
         Sum8 sum;
         // Warps leave one by one: no barrier follows. The epoch still advances, the abort word
         // stops whatever comes next.
-        if (token < valid && !gather_token<4>(ctx, watch, chain, token, v, epoch, sum)) break;
+        if (token < valid &&
+            !gather_token<kInFlight, kOwn>(ctx, in, watch, chain, token, v, epoch, sum)) {
+            break;
+        }
         if (v < 0) continue;
         const int g = first_granule(v);
         auto* row =

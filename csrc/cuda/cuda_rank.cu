@@ -10,6 +10,8 @@
 namespace ep {
 namespace {
 
+constexpr int kInFlight = 2;  // ranks whose rows a combine waits for at once
+
 struct KernelInfo {
     const char* name;
     const void* function;
@@ -20,8 +22,8 @@ const KernelInfo kKernels[] = {
     {"dispatch_recv", reinterpret_cast<const void*>(&dispatch_recv_kernel)},
     {"dispatch_fused", reinterpret_cast<const void*>(&dispatch_fused_kernel)},
     {"combine_send", reinterpret_cast<const void*>(&combine_send_kernel)},
-    {"combine_recv", reinterpret_cast<const void*>(&combine_recv_kernel)},
-    {"combine_fused", reinterpret_cast<const void*>(&combine_fused_kernel)},
+    {"combine_recv", reinterpret_cast<const void*>(&combine_recv_kernel<kInFlight>)},
+    {"combine_fused", reinterpret_cast<const void*>(&combine_fused_kernel<kInFlight>)},
 };
 
 struct Launch {
@@ -72,9 +74,7 @@ CudaRank::CudaRank(const Shape& shape, int rank, const std::vector<std::uintptr_
                    std::uintptr_t local, std::uintptr_t faults, const Options& options)
     : options_(options) {
     check_addresses(shape, rank, heaps, local, faults);
-    ctx_.shape = shape;
-    ctx_.layout = HeapLayout::make(shape);
-    ctx_.local_layout = LocalLayout::make(shape);
+    ctx_.set_shape(shape);
     ctx_.rank = rank;
     ctx_.faults = reinterpret_cast<FaultBoard*>(faults);
     ctx_.local = reinterpret_cast<uint8_t*>(local);
@@ -83,8 +83,7 @@ CudaRank::CudaRank(const Shape& shape, int rank, const std::vector<std::uintptr_
     const DeviceGuard guard(options.device);
     const int64_t send = SendScratch::bytes(ctx_);
     const int64_t recv = RecvScratch::bytes(ctx_);
-    const int64_t combine = combine_scratch_bytes(ctx_);
-    scratch_ = {send, recv, std::max(send, recv), combine, 0, combine};
+    scratch_ = {send, recv, std::max(send, recv), 0, 0, 0};
     int num_sms = 0;
     EP_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, options.device));
     if (options.num_sms > 0) num_sms = std::min(num_sms, options.num_sms);
@@ -103,15 +102,13 @@ int CudaRank::expected_tokens(int expected) const {
     return expected > 0 ? std::min(expected, ctx_.shape.max_tokens) : ctx_.shape.max_tokens;
 }
 
-int CudaRank::combine_parts() const {
-    return RowParts::make(ctx_.layout.combine_lines, kThreads).parts;
-}
+int CudaRank::combine_parts() const { return RowParts::make(ctx_, kThreads).parts; }
 
 void CudaRank::dispatch_send(int chain, const SendInput& in, StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
     const int grid = 1 + std::min(in.num_tokens, std::max(1, resident_[kDispatchSend] - 1));
     launch(dispatch_send_kernel, {grid, scratch_[kDispatchSend], stream, options_.pdl},
-           DispatchSendArgs{.ctx = ctx_, .chain = chain, .in = in});
+           DispatchSendArgs{.chain = chain, .in = in, .ctx = ctx_});
 }
 
 void CudaRank::dispatch_recv(int chain, const RecvTarget& target, int expected,
@@ -120,7 +117,7 @@ void CudaRank::dispatch_recv(int chain, const RecvTarget& target, int expected,
     const int64_t messages = static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected);
     const int grid = grid_for(messages, resident_[kDispatchRecv]);
     launch(dispatch_recv_kernel, {grid, scratch_[kDispatchRecv], stream, options_.pdl},
-           DispatchRecvArgs{.ctx = ctx_, .chain = chain, .target = target});
+           DispatchRecvArgs{.chain = chain, .target = target, .ctx = ctx_});
 }
 
 void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& target,
@@ -132,7 +129,7 @@ void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& 
     const int grid = grid_for(wanted, resident_[kDispatchFused]);
     if (grid < 2) throw CudaFailure("dispatch_fused needs two resident CTAs; allow more SMs");
     launch(dispatch_fused_kernel, {grid, scratch_[kDispatchFused], stream, options_.pdl},
-           DispatchFusedArgs{.ctx = ctx_, .chain = chain, .in = in, .target = target});
+           DispatchFusedArgs{.chain = chain, .in = in, .target = target, .ctx = ctx_});
 }
 
 void CudaRank::combine_send(int chain, const uint16_t* y, int64_t row_stride, int expected,
@@ -142,7 +139,10 @@ void CudaRank::combine_send(int chain, const uint16_t* y, int64_t row_stride, in
         static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected) * combine_parts();
     const int grid = grid_for(items, resident_[kCombineSend]);
     launch(combine_send_kernel, {grid, scratch_[kCombineSend], stream, options_.pdl},
-           CombineSendArgs{.ctx = ctx_, .chain = chain, .in = {y, row_stride}});
+           CombineSendArgs{.chain = chain,
+                           .in = {y, row_stride},
+                           .parts = RowParts::make(ctx_, kThreads),
+                           .ctx = ctx_});
 }
 
 void CudaRank::combine_recv(int chain, uint16_t* out, int num_tokens, const int32_t* num_valid,
@@ -150,8 +150,11 @@ void CudaRank::combine_recv(int chain, uint16_t* out, int num_tokens, const int3
     const DeviceGuard guard(options_.device);
     const int64_t items = static_cast<int64_t>(num_tokens) * combine_parts();
     const int grid = grid_for(items, resident_[kCombineRecv]);
-    launch(combine_recv_kernel, {grid, scratch_[kCombineRecv], stream, options_.pdl},
-           CombineRecvArgs{.ctx = ctx_, .chain = chain, .out = {out, num_tokens, num_valid}});
+    launch(combine_recv_kernel<kInFlight>, {grid, scratch_[kCombineRecv], stream, options_.pdl},
+           CombineRecvArgs{.chain = chain,
+                           .out = {out, num_tokens, num_valid},
+                           .parts = RowParts::make(ctx_, kThreads),
+                           .ctx = ctx_});
 }
 
 void CudaRank::combine_fused(int chain, const uint16_t* y, int64_t row_stride, uint16_t* out,
@@ -161,11 +164,12 @@ void CudaRank::combine_fused(int chain, const uint16_t* y, int64_t row_stride, u
     const int64_t tokens = std::max<int64_t>(
         num_tokens, static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected));
     const int grid = grid_for(tokens * combine_parts(), resident_[kCombineFused]);
-    launch(combine_fused_kernel, {grid, scratch_[kCombineFused], stream, options_.pdl},
-           CombineFusedArgs{.ctx = ctx_,
-                            .chain = chain,
+    launch(combine_fused_kernel<kInFlight>, {grid, scratch_[kCombineFused], stream, options_.pdl},
+           CombineFusedArgs{.chain = chain,
                             .in = {y, row_stride},
-                            .out = {out, num_tokens, num_valid}});
+                            .out = {out, num_tokens, num_valid},
+                            .parts = RowParts::make(ctx_, kThreads),
+                            .ctx = ctx_});
 }
 
 void CudaRank::set_time_budget(uint64_t nanoseconds) const {

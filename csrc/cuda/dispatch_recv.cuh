@@ -1,56 +1,62 @@
-// Dispatch, second half: counts give every row its place, then each message is pulled out of the
-// inbox and fanned out to its local experts.
+// Dispatch, second half: each message is pulled out of the inbox and fanned out to its local
+// experts.
 //
 // Order of rows: by source rank, then by token. Nothing depends on arrival order or on the grid.
+// CTA b takes slot b / R of source b % R, then the slot gridDim.x further on: known before any
+// count has arrived, so that counts and rows are waited for together.
 #pragma once
 
 #include "cuda/lines.cuh"
 
 namespace ep {
 
-// Shared memory: message | base[R][L] | first_row[L + 1] | messages_before[R + 1] | rows[K] |
-// total_rows.
+// Shared memory: message | rows[R][L] | messages[R] | first_row[L + 1].
 struct RecvScratch {
     uint64_t* message;
-    int32_t* base;             // rows of earlier sources for the expert
-    int32_t* first_row;        // [L + 1] contiguous: first row of the expert
-    int32_t* messages_before;  // [R + 1] messages of earlier sources
-    int32_t* rows;             // [K] where the current message's entries go; -1: not here
-    int32_t* total_rows;       // of all experts
+    int32_t* rows;               // rows that source s sends for local expert x
+    volatile int32_t* messages;  // that source s sends; kUnknown until its counts are here
+    int32_t* first_row;          // contiguous: first row of the expert
+
+    static constexpr int32_t kUnknown = 0x7fffffff;
 
     static EP_HD int64_t bytes(const Context& ctx) {
         const Shape& s = ctx.shape;
         return static_cast<int64_t>(ctx.layout.message.lines) * kLinePayload +
-               4LL * (s.num_experts + s.num_local_experts() + 1 + s.num_ranks + 1 + s.topk + 1);
+               4LL * (s.num_experts + s.num_ranks + ctx.local_experts + 1);
     }
     static __device__ RecvScratch carve(uint8_t* smem, const Context& ctx) {
         const Shape& s = ctx.shape;
         auto* p = reinterpret_cast<int32_t*>(smem + static_cast<int64_t>(ctx.layout.message.lines) *
                                                         kLinePayload);
-        RecvScratch out{};
-        out.message = reinterpret_cast<uint64_t*>(smem);
-        out.base = p;
-        out.first_row = out.base + s.num_experts;
-        out.messages_before = out.first_row + s.num_local_experts() + 1;
-        out.rows = out.messages_before + s.num_ranks + 1;
-        out.total_rows = out.rows + s.topk;
-        return out;
+        return {reinterpret_cast<uint64_t*>(smem), p, p + s.num_experts,
+                p + s.num_experts + s.num_ranks};
     }
 };
 
-// All counts messages into shared memory: base[s][x] = rows of source s, messages_before[s + 1] =
-// its messages. Each warp takes 32 vectors of one source at a time. False on warps that gave up.
+// A peer's numbers index our memory: never beyond the inbox.
+__device__ __forceinline__ int32_t checked_count(const Context& ctx, int chain, int source,
+                                                 uint32_t n) {
+    const auto limit = static_cast<uint32_t>(ctx.shape.max_tokens);
+    if (n <= limit) return static_cast<int32_t>(n);
+    if (blockIdx.x == 0) fail(ctx, FaultCode::kCount, Op::kDispatch, chain, source, limit, n);
+    return static_cast<int32_t>(limit);
+}
+
+// All counts messages into shared memory. Each warp takes 32 vectors of one source at a time, and
+// publishes the number of messages for the warps that already wait for rows. False: gave up.
 template <int kThreads>
 __device__ bool pull_counts(const Context& ctx, int chain, uint64_t epoch, RecvScratch scratch) {
     const Shape& shape = ctx.shape;
-    const int local_experts = shape.num_local_experts();
+    const int local_experts = ctx.local_experts;
     const int num_vectors = ctx.layout.counts.lines * kVectorsPerLine;
-    const int chunks = static_cast<int>(ceil_div(num_vectors, 32));
+    const int chunks = (num_vectors + 31) / 32;
     const int lane = threadIdx.x & 31;
     const uint64_t start = blockIdx.x == 0 ? ptx::global_timer_ns() : 0;
     Watch watch{ctx, Op::kDispatch, chain};
-    for (int task = threadIdx.x / 32; task < shape.num_ranks * chunks; task += kThreads / 32) {
-        const int source = task / chunks;
+#pragma unroll 1
+    for (int source = 0, task = threadIdx.x / 32; task < shape.num_ranks * chunks;
+         task += kThreads / 32) {
+        while (task >= (source + 1) * chunks) ++source;
         const int i = (task - source * chunks) * 32 + lane;
         const uint8_t* from[1] = {
             i < num_vectors ? ctx.counts_at(ctx.rank, chain, epoch, source) + 16 * i : nullptr};
@@ -63,13 +69,15 @@ __device__ bool pull_counts(const Context& ctx, int chain, uint64_t epoch, RecvS
         if (from[0] == nullptr) continue;
         const auto put = [&](int g, uint64_t granule) {
             const int x = 2 * g - 2;
+            const auto lo = static_cast<uint32_t>(granule);
             if (g == 0) {
-                scratch.messages_before[source + 1] = static_cast<int32_t>(granule);
+                scratch.messages[source] = checked_count(ctx, chain, source, lo);
                 return;
             }
-            int32_t* rows = scratch.base + source * local_experts;
-            if (x < local_experts) rows[x] = static_cast<int32_t>(granule);
-            if (x + 1 < local_experts) rows[x + 1] = static_cast<int32_t>(granule >> 32);
+            int32_t* rows = scratch.rows + source * local_experts;
+            if (x < local_experts) rows[x] = checked_count(ctx, chain, source, lo);
+            const auto hi = static_cast<uint32_t>(granule >> 32);
+            if (x + 1 < local_experts) rows[x + 1] = checked_count(ctx, chain, source, hi);
         };
         put(first_granule(i), v[0].lo);
         if (!holds_tag(i)) put(first_granule(i) + 1, v[0].hi);
@@ -77,66 +85,92 @@ __device__ bool pull_counts(const Context& ctx, int chain, uint64_t epoch, RecvS
     return true;
 }
 
-// A peer's numbers index our memory: never beyond the inbox.
-__device__ __forceinline__ bool clamp_count(const Context& ctx, int32_t& n) {
-    if (n >= 0 && n <= ctx.shape.max_tokens) return false;
-    n = n < 0 ? 0 : ctx.shape.max_tokens;
-    return true;
-}
+enum class Pulled { kMessage, kNothing, kGaveUp };
 
-// Prefix sums over the sources, in place. All threads; synchronises.
-template <int kThreads>
-__device__ void sum_counts(const Context& ctx, const RecvTarget& target, int chain, uint64_t epoch,
-                           RecvScratch scratch) {
-    const Shape& shape = ctx.shape;
-    const int local_experts = shape.num_local_experts();
-    const bool reports = blockIdx.x == 0;
-    for (int x = threadIdx.x; x < local_experts; x += kThreads) {
-        int32_t sum = 0;
-        for (int s = 0; s < shape.num_ranks; ++s) {
-            int32_t n = scratch.base[s * local_experts + x];
-            if (clamp_count(ctx, n) && reports)
-                fail(ctx, FaultCode::kCount, Op::kDispatch, chain, s, shape.max_tokens, n);
-            scratch.base[s * local_experts + x] = sum;
-            sum += n;
-        }
-        scratch.first_row[x] = sum;
-        if (reports) {
-            target.recv_count[x] = sum;
-            atomicAdd(scratch.total_rows, sum);
-        }
-    }
-    if (threadIdx.x == kThreads - 1) {
-        int32_t sum = 0;
-        scratch.messages_before[0] = 0;
-        for (int s = 0; s < shape.num_ranks; ++s) {
-            int32_t n = scratch.messages_before[s + 1];
-            if (clamp_count(ctx, n) && reports)
-                fail(ctx, FaultCode::kCount, Op::kDispatch, chain, s, shape.max_tokens, n);
-            sum += n;
-            scratch.messages_before[s + 1] = sum;
-            if (reports) {
-                ctx.received(chain)[s] = n;
-                target.num_messages[s] = n;
+// Waits for the message in a slot, or for the news that the source sends fewer. Lays it out flat in
+// shared memory. Warp by warp; the caller synchronises.
+template <int kThreads, int U>
+__device__ Pulled pull_slot(const Context& ctx, Watch& watch, int chain, int source, int slot,
+                            uint64_t epoch, RecvScratch scratch) {
+    const int num_vectors = ctx.layout.message.lines * kVectorsPerLine;
+    const uint8_t* from = ctx.dispatch_at(ctx.rank, chain, source, slot);
+    const bool tag_lane = holds_tag(threadIdx.x);
+#pragma unroll 1
+    for (int base = 0; base < num_vectors; base += U * kThreads) {
+        ptx::Vector v[U];
+        while (true) {
+            Missing missing{false, source, epoch, 0, nullptr};
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                const int i = base + u * kThreads + threadIdx.x;
+                if (i < num_vectors) v[u] = ptx::load_line_vector(from + 16 * i);
+            }
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                const int i = base + u * kThreads + threadIdx.x;
+                if (i < num_vectors && tag_lane && v[u].hi != epoch) {
+                    missing.waiting = true;
+                    missing.seen = v[u].hi;
+                    missing.at = from + 16 * i;
+                }
+            }
+            if (!__any_sync(kFullWarp, missing.waiting)) break;
+            const int32_t announced = scratch.messages[source];
+            if (slot >= announced) return Pulled::kNothing;
+            // Once announced it will come; until then both must be watched.
+            const bool patient = announced != RecvScratch::kUnknown;
+            if (patient ? !wait_for_more(watch, missing) : watch.give_up(missing)) {
+                return Pulled::kGaveUp;
             }
         }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            const int i = base + u * kThreads + threadIdx.x;
+            if (i >= num_vectors) continue;
+            const int g = first_granule(i);
+            scratch.message[g] = v[u].lo;
+            if (!holds_tag(i)) scratch.message[g + 1] = v[u].hi;
+        }
     }
-    __syncthreads();
+    return Pulled::kMessage;
 }
 
-// Contiguous: total rows per expert -> first row per expert. One warp scans; synchronises.
+// CTA 0 tells the caller what came, and the others need it only for `contiguous`: first rows.
+template <int kThreads>
+__device__ void report_counts(const Context& ctx, const RecvTarget& target, int chain,
+                              RecvScratch scratch) {
+    const Shape& shape = ctx.shape;
+    const int local_experts = ctx.local_experts;
+#pragma unroll 1
+    for (int x = threadIdx.x; x < local_experts; x += kThreads) {
+        int32_t sum = 0;
+#pragma unroll 1
+        for (int s = 0; s < shape.num_ranks; ++s) sum += scratch.rows[s * local_experts + x];
+        target.recv_count[x] = sum;
+    }
+#pragma unroll 1
+    for (int s = threadIdx.x; s < shape.num_ranks; s += kThreads) {
+        ctx.received(chain)[s] = scratch.messages[s];
+        target.num_messages[s] = scratch.messages[s];
+    }
+}
+
+// Contiguous: the first row of every expert, each a multiple of the alignment. Synchronises.
 __device__ inline void place_experts(const Context& ctx, const RecvTarget& target,
                                      RecvScratch scratch) {
-    const int local_experts = ctx.shape.num_local_experts();
+    const int local_experts = ctx.local_experts;
     const int lane = threadIdx.x & 31;
     if (threadIdx.x < 32) {
         int32_t carried = 0;
+#pragma unroll 1
         for (int base = 0; base < local_experts; base += 32) {
             const int x = base + lane;
-            const int32_t own =
-                x < local_experts
-                    ? static_cast<int32_t>(round_up(scratch.first_row[x], target.alignment))
-                    : 0;
+            int32_t own = 0;
+#pragma unroll 1
+            for (int s = 0; s < ctx.shape.num_ranks && x < local_experts; ++s) {
+                own += scratch.rows[s * local_experts + x];
+            }
+            own = static_cast<int32_t>(round_up(own, target.alignment));
             int32_t sum = own;
 #pragma unroll
             for (int step = 1; step < 32; step *= 2) {
@@ -150,128 +184,159 @@ __device__ inline void place_experts(const Context& ctx, const RecvTarget& targe
     }
     __syncthreads();
     if (blockIdx.x != 0) return;
+#pragma unroll 1
     for (int x = threadIdx.x; x <= local_experts; x += blockDim.x) {
         target.expert_offset[x] = scratch.first_row[x];
     }
 }
 
-// One warp: rows of the message's entries, and what combine needs to find them again.
-__device__ inline void place_message(const Context& ctx, const RecvTarget& target, int chain,
-                                     int source, int slot, RecvScratch scratch) {
-    const Shape& shape = ctx.shape;
-    const int lane = threadIdx.x & 31;
-    const int local_experts = shape.num_local_experts();
-    const auto* bytes = reinterpret_cast<const uint8_t*>(scratch.message);
-    const auto* entries = reinterpret_cast<const Entry*>(bytes + ctx.layout.message.entries);
-    const int message = scratch.messages_before[source] + slot;
-    const bool active = lane < shape.topk;
-    const Entry entry = active ? entries[lane] : Entry{-1, 0, 0.0f};
+__device__ __forceinline__ int messages_before(int source, RecvScratch scratch) {
+    int sum = 0;
+#pragma unroll 1
+    for (int s = 0; s < source; ++s) sum += scratch.messages[s];
+    return sum;
+}
+
+// Lane k: the row of entry k, or -1 if it is not ours. Every warp works it out for itself, which is
+// quicker than telling the others.
+__device__ __forceinline__ int place_entry(const Context& ctx, const RecvTarget& target, int source,
+                                           const Entry& entry, RecvScratch scratch) {
+    const int local_experts = ctx.local_experts;
     const int x = entry.expert - ctx.rank * local_experts;
-    const bool mine = active && x >= 0 && x < local_experts;
+    if (x < 0 || x >= local_experts) return -1;
+    int row = entry.position;
+#pragma unroll 1
+    for (int s = 0; s < source; ++s) row += scratch.rows[s * local_experts + x];
+    row += target.format == Format::kBatched ? x * ctx.shape.max_messages() : scratch.first_row[x];
+    return row;
+}
 
-    int row = -1;
-    if (mine && target.format != Format::kCompact) {
-        row = scratch.base[source * local_experts + x] + entry.position;
-        row += target.format == Format::kBatched ? x * shape.max_messages() : scratch.first_row[x];
+// One warp: what combine needs to find the rows again. `row` and `entry` are those of lane k.
+__device__ inline void note_rows(const Context& ctx, const RecvTarget& target, int chain,
+                                 int source, int slot, int row, const Entry& entry) {
+    const int topk = ctx.shape.topk;
+    const int lane = threadIdx.x & 31;
+    if (target.format == Format::kCompact && lane < topk) {
+        const int local_experts = ctx.local_experts;
+        const int x = entry.expert - ctx.rank * local_experts;
+        const bool mine = x >= 0 && x < local_experts;
+        const int64_t at =
+            static_cast<int64_t>(__shfl_sync((1ull << topk) - 1, row, 0)) * topk + lane;
+        target.topk_idx[at] = mine ? x : -1;
+        target.topk_weights[at] = mine ? entry.weight : 0.0f;
     }
-    if (target.format == Format::kCompact) {
-        if (lane == 0) row = message;
-        if (active) {
-            const int64_t at = static_cast<int64_t>(message) * shape.topk + lane;
-            target.topk_idx[at] = mine ? x : -1;
-            target.topk_weights[at] = mine ? entry.weight : 0.0f;
-        }
-    }
-    if (active) scratch.rows[lane] = row;
-
+    __syncwarp();
     const unsigned has_row = __ballot_sync(kFullWarp, row >= 0);
     RowRef* refs = ctx.refs(chain, source, slot);
     const int index = __popc(has_row & ((1u << lane) - 1));
     const float weight = target.format == Format::kCompact ? 1.0f : entry.weight;
     if (row >= 0) refs[index] = {row, weight};
-    if (lane == 0 && __popc(has_row) < shape.topk) refs[__popc(has_row)] = {-1, 0.0f};
+    if (lane == 0 && __popc(has_row) < topk) refs[__popc(has_row)] = {-1, 0.0f};
 }
 
-// Copies the message's row and scales to every place it has here. All threads.
+// Copies the message in shared memory to every place it has here. All threads.
 template <int kThreads>
-__device__ void fan_out(const Context& ctx, const RecvTarget& target, RecvScratch scratch) {
+__device__ void fan_out(const Context& ctx, const RecvTarget& target, int chain, int source,
+                        int slot, RecvScratch scratch) {
     const Shape& shape = ctx.shape;
+    const auto* bytes = reinterpret_cast<const uint8_t*>(scratch.message);
+    const auto* entries = reinterpret_cast<const Entry*>(bytes + ctx.layout.message.entries);
+    const int lane = threadIdx.x & 31;
+    const bool compact = target.format == Format::kCompact;
+    const Entry entry = lane < shape.topk ? entries[lane] : Entry{-1, 0, 0.0f};
+    int row = -1;
+    if (compact) {
+        if (lane == 0) row = messages_before(source, scratch) + slot;
+    } else {
+        row = place_entry(ctx, target, source, entry, scratch);
+    }
+    const unsigned has_row = __ballot_sync(kFullWarp, row >= 0);
+
     const int row_vectors = shape.row_bytes() / 16;
-    const auto* row = reinterpret_cast<const uint4*>(scratch.message);
-    const auto* scales = reinterpret_cast<const float*>(
-        reinterpret_cast<const uint8_t*>(scratch.message) + ctx.layout.message.scales);
-    auto* out = reinterpret_cast<uint4*>(target.x);
-    const int num_entries = target.format == Format::kCompact ? 1 : shape.topk;
-    for (int i = threadIdx.x; i < row_vectors; i += kThreads) {
-        const uint4 v = row[i];
-        for (int k = 0; k < num_entries; ++k) {
-            const int32_t to = scratch.rows[k];
-            if (to >= 0) out[static_cast<int64_t>(to) * row_vectors + i] = v;
-        }
-    }
     const int num_scales = shape.num_scales();
-    for (int i = threadIdx.x; i < num_scales; i += kThreads) {
-        for (int k = 0; k < num_entries; ++k) {
-            const int32_t to = scratch.rows[k];
-            if (to >= 0) target.scales[static_cast<int64_t>(to) * num_scales + i] = scales[i];
+    const auto* scales = reinterpret_cast<const float*>(bytes + ctx.layout.message.scales);
+    auto* out = reinterpret_cast<uint4*>(target.x);
+#pragma unroll 1
+    for (unsigned left = has_row; left != 0; left &= left - 1) {
+        const int64_t to = __shfl_sync(kFullWarp, row, __ffs(left) - 1);
+        for (int i = threadIdx.x; i < row_vectors; i += kThreads) {
+            out[to * row_vectors + i] = reinterpret_cast<const uint4*>(bytes)[i];
+        }
+        // From the last thread down: with most hidden sizes those have copied less.
+        for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < num_scales; i += kThreads) {
+            target.scales[to * num_scales + i] = scales[i];
         }
     }
+    if (threadIdx.x < 32) note_rows(ctx, target, chain, source, slot, row, entry);
 }
 
 // Compact: rows past the last message choose no expert.
 template <int kThreads>
 __device__ void clear_unused_rows(const Context& ctx, const RecvTarget& target, int num_messages) {
-    const int64_t end = static_cast<int64_t>(ctx.shape.max_messages()) * ctx.shape.topk;
+    const int topk = ctx.shape.topk;
+    const int64_t end = static_cast<int64_t>(ctx.shape.max_messages()) * topk;
     const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-    int64_t i =
-        static_cast<int64_t>(num_messages) * ctx.shape.topk + blockIdx.x * kThreads + threadIdx.x;
+    int64_t i = static_cast<int64_t>(num_messages) * topk + blockIdx.x * kThreads + threadIdx.x;
+#pragma unroll 1
     for (; i < end; i += step) target.topk_idx[i] = -1;
 }
 
-__device__ __forceinline__ int source_of(int message, const int32_t* messages_before) {
-    int source = 0;
-    while (messages_before[source + 1] <= message) ++source;
-    return source;
-}
-
 __device__ inline void finish_dispatch(const Context& ctx, int chain, uint64_t epoch,
-                                       int num_messages, int num_rows) {
+                                       RecvScratch scratch) {
+    const Shape& shape = ctx.shape;
     StepStats* stats = ctx.stats(chain);
-    stats->messages_received += num_messages;
-    stats->rows_received += num_rows;
+    const int lane = threadIdx.x;
+    int rows = 0;
+#pragma unroll 1
+    for (int i = lane; i < shape.num_experts; i += 32) rows += scratch.rows[i];
+    rows = __reduce_add_sync(kFullWarp, rows);
+    if (lane != 0) return;
+    stats->messages_received += messages_before(shape.num_ranks, scratch);
+    stats->rows_received += rows;
     ctx.state(chain)->dispatched = epoch;  // combine reads it, a kernel boundary later
 }
 
-// The whole grid: message m is pulled by CTA m % gridDim.x.
+// The whole grid.
 template <int kThreads>
 __device__ void dispatch_recv(const Context& ctx, const RecvTarget& target, int chain,
                               uint64_t epoch, uint8_t* smem) {
     const RecvScratch scratch = RecvScratch::carve(smem, ctx);
     const Shape& shape = ctx.shape;
-    if (threadIdx.x == 0) *scratch.total_rows = 0;
-    const bool counted = pull_counts<kThreads>(ctx, chain, epoch, scratch);
-    if (__syncthreads_or(!counted)) return;
-    sum_counts<kThreads>(ctx, target, chain, epoch, scratch);
-    if (target.format == Format::kContiguous) place_experts(ctx, target, scratch);
-
-    const int num_messages = scratch.messages_before[shape.num_ranks];
+#pragma unroll 1
+    for (int s = threadIdx.x; s < shape.num_ranks; s += kThreads) {
+        scratch.messages[s] = RecvScratch::kUnknown;
+    }
+    __syncthreads();
+    bool ok = pull_counts<kThreads>(ctx, chain, epoch, scratch);
     Watch watch{ctx, Op::kDispatch, chain};
-    for (int m = blockIdx.x; m < num_messages; m += gridDim.x) {
-        const int source = source_of(m, scratch.messages_before);
-        const int slot = m - scratch.messages_before[source];
-        const bool pulled =
-            pull_message<kThreads, 2>(watch, ctx.dispatch_at(ctx.rank, chain, source, slot),
-                                      scratch.message, ctx.layout.message.lines, source, epoch);
-        if (__syncthreads_or(!pulled)) return;
-        if (threadIdx.x < 32) place_message(ctx, target, chain, source, slot, scratch);
-        __syncthreads();
-        fan_out<kThreads>(ctx, target, scratch);
-        __syncthreads();
+    bool counted = false;
+#pragma unroll 1
+    for (int item = blockIdx.x;; item += gridDim.x) {
+        const int slot = ctx.by_ranks(item);
+        const int source = item - slot * shape.num_ranks;
+        Pulled pulled = Pulled::kNothing;
+        if (ok && slot < shape.max_tokens) {
+            pulled = pull_slot<kThreads, 2>(ctx, watch, chain, source, slot, epoch, scratch);
+        }
+        if (__syncthreads_or(!ok || pulled == Pulled::kGaveUp)) return;
+        if (!counted) {  // the barrier above made every source's counts visible
+            if (blockIdx.x == 0) report_counts<kThreads>(ctx, target, chain, scratch);
+            if (target.format == Format::kContiguous) place_experts(ctx, target, scratch);
+            counted = true;
+        }
+        if (slot < scratch.messages[source]) {
+            fan_out<kThreads>(ctx, target, chain, source, slot, scratch);
+        }
+        int most = 0;
+#pragma unroll 1
+        for (int s = 0; s < shape.num_ranks; ++s) most = max(most, scratch.messages[s]);
+        if (item + gridDim.x >= most * shape.num_ranks) break;
+        __syncthreads();  // the message buffer is free again
     }
-    if (target.format == Format::kCompact) clear_unused_rows<kThreads>(ctx, target, num_messages);
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-        finish_dispatch(ctx, chain, epoch, num_messages, *scratch.total_rows);
+    if (target.format == Format::kCompact) {
+        clear_unused_rows<kThreads>(ctx, target, messages_before(shape.num_ranks, scratch));
     }
+    if (blockIdx.x == 0 && threadIdx.x < 32) finish_dispatch(ctx, chain, epoch, scratch);
 }
 
 }  // namespace ep

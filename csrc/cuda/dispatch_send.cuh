@@ -49,14 +49,15 @@ __device__ void announce_counts(const Context& ctx, const SendInput& in, int cha
     const Shape& shape = ctx.shape;
     clear_counts(shape, scratch.counts);
     __syncthreads();
-    count_tokens(shape, in, num_tokens, scratch.counts);
+    count_tokens(ctx, in, num_tokens, scratch.counts);
     __syncthreads();
 
-    const int local_experts = shape.num_local_experts();
+    const int local_experts = ctx.local_experts;
     const CountsLayout& layout = ctx.layout.counts;
     const int per_rank = layout.lines * kVectorsPerLine;
-    for (int i = threadIdx.x; i < shape.num_ranks * per_rank; i += kThreads) {
-        const int dst = i / per_rank;
+#pragma unroll 1
+    for (int dst = 0, i = threadIdx.x; i < shape.num_ranks * per_rank; i += kThreads) {
+        while (i >= (dst + 1) * per_rank) ++dst;
         const int v = i - dst * per_rank;
         const int32_t* rows = scratch.counts.rows + dst * local_experts;
         const auto granule = [&](int g) -> uint64_t {
@@ -71,12 +72,14 @@ __device__ void announce_counts(const Context& ctx, const SendInput& in, int cha
                                {granule(g), holds_tag(v) ? epoch : granule(g + 1)});
     }
     // Padding rows went nowhere: combine must not look for them.
+#pragma unroll 1
     for (int i = num_tokens * shape.num_ranks + threadIdx.x;
          i < min(in.num_tokens, shape.max_tokens) * shape.num_ranks; i += kThreads) {
         ctx.sent_slots(chain, 0)[i] = -1;
     }
     if (threadIdx.x == 0) {
         uint64_t messages = 0;
+#pragma unroll 1
         for (int r = 0; r < shape.num_ranks; ++r) messages += scratch.counts.messages[r];
         StepStats* stats = ctx.stats(chain);
         stats->messages_sent += messages;
@@ -105,34 +108,32 @@ __device__ __forceinline__ uint16_t pack_fp8x2(float a, float b) {
     return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
 }
 
-// Eight channels by one thread; sixteen threads share a scale. Writes 8 bytes and maybe the scale.
-__device__ __forceinline__ void quantise_vector(uint4 bf16x8, int i, uint64_t* row, float* scales) {
-    // hidden is a multiple of 128, so the sixteen threads of a scale are all here.
-    const unsigned half_warp = 0xffffu << (threadIdx.x & 16);
-    const uint32_t words[4] = {bf16x8.x, bf16x8.y, bf16x8.z, bf16x8.w};
-    float f[8];
-    float amax = 0.0f;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        f[2 * j] = bits_to_float(words[j] << 16);
-        f[2 * j + 1] = bits_to_float(words[j] & 0xffff0000u);
-        amax = fmaxf(amax, fmaxf(fabsf(f[2 * j]), fabsf(f[2 * j + 1])));
-    }
+// Largest magnitude of eight channels; then over the sixteen threads that share a scale. (hidden is
+// a multiple of 128, so all sixteen are there.)
+__device__ __forceinline__ float group_amax(uint4 bf16x8) {
+    // Magnitudes of BF16 order as integers: two a word, compared at once.
+    constexpr uint32_t kMagnitudes = 0x7fff7fffu;
+    uint32_t most = __vmaxu2(__vmaxu2(bf16x8.x & kMagnitudes, bf16x8.y & kMagnitudes),
+                             __vmaxu2(bf16x8.z & kMagnitudes, bf16x8.w & kMagnitudes));
 #pragma unroll
     for (int step = 8; step > 0; step /= 2) {
-        amax = fmaxf(amax, __shfl_xor_sync(half_warp, amax, step, 16));
+        most = __vmaxu2(most, __shfl_xor_sync(kFullWarp, most, step));
     }
-    amax = fmaxf(amax, kMinAmax);
-    const float inverse = __fdiv_rn(kFp8Max, amax);
+    const uint32_t top = max(most >> 16, most & 0xffffu);
+    return fmaxf(bits_to_float(top << 16), kMinAmax);
+}
+
+__device__ __forceinline__ uint64_t quantise(uint4 bf16x8, float inverse) {
+    const uint32_t words[4] = {bf16x8.x, bf16x8.y, bf16x8.z, bf16x8.w};
     uint64_t packed = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-        const uint64_t two =
-            pack_fp8x2(__fmul_rn(f[2 * j], inverse), __fmul_rn(f[2 * j + 1], inverse));
+        const float lo = bits_to_float(words[j] << 16);
+        const float hi = bits_to_float(words[j] & 0xffff0000u);
+        const uint64_t two = pack_fp8x2(__fmul_rn(lo, inverse), __fmul_rn(hi, inverse));
         packed |= two << (16 * j);
     }
-    row[i] = packed;
-    if ((i & 15) == 0) scales[i / 16] = __fdiv_rn(amax, kFp8Max);
+    return packed;
 }
 
 // The row part of the message: quantised, or as it is.
@@ -140,52 +141,56 @@ template <int kThreads>
 __device__ __forceinline__ void stage_row(const Context& ctx, const RowRegisters<kThreads>& regs,
                                           uint64_t* message) {
     const int num_vectors = ctx.shape.hidden / 8;
+    const bool fp8 = ctx.shape.wire == Wire::kFp8;
     auto* bytes = reinterpret_cast<uint8_t*>(message);
     auto* scales = reinterpret_cast<float*>(bytes + ctx.layout.message.scales);
 #pragma unroll
     for (int j = 0; j < RowRegisters<kThreads>::kMax; ++j) {
         const int i = j * kThreads + threadIdx.x;
-        if (i >= num_vectors) break;
-        if (ctx.shape.wire == Wire::kFp8) {
-            quantise_vector(regs.v[j], i, message, scales);
-        } else {
-            reinterpret_cast<uint4*>(message)[i] = regs.v[j];
+        if (i - static_cast<int>(threadIdx.x & 31) >= num_vectors) break;  // whole warps leave
+        if (!fp8) {
+            if (i < num_vectors) reinterpret_cast<uint4*>(message)[i] = regs.v[j];
+            continue;
         }
+        const float amax = group_amax(regs.v[j]);
+        if (i >= num_vectors) continue;
+        message[i] = quantise(regs.v[j], __fdiv_rn(kFp8Max, amax));
+        if ((i & 15) == 0) scales[i / 16] = __fdiv_rn(amax, kFp8Max);
     }
 }
 
 // One warp: the header, and the token's slot at every rank; then counts the token.
 __device__ inline void route_token(const Context& ctx, const SendInput& in, int chain, int token,
-                                   SendScratch scratch) {
+                                   const TokenRoute& route, SendScratch scratch) {
     const Shape& shape = ctx.shape;
     const int lane = threadIdx.x & 31;
-    const bool active = lane < shape.topk;
-    const int64_t entry = static_cast<int64_t>(token) * shape.topk + lane;
-    const float weight = active ? in.weights[entry] : 0.0f;
-    const Choice c = read_choice(shape, in, active, 0, entry);
+    const Choice& c = route.choice;
     auto* bytes = reinterpret_cast<uint8_t*>(scratch.message);
-    if (active) {
+    if (lane < shape.topk) {
         int32_t position = 0;
         if (c.expert >= 0) position = scratch.counts.rows[c.expert]++;
         auto* entries = reinterpret_cast<Entry*>(bytes + ctx.layout.message.entries);
-        entries[lane] = {c.expert, position, weight};
+        entries[lane] = {c.expert, position, route.weight};
     }
     if (lane == 0) {
         auto* header = reinterpret_cast<MessageHeader*>(bytes + ctx.layout.message.header);
         *header = {token, shape.topk};
     }
+#pragma unroll 1
     for (int r = lane; r < shape.num_ranks; r += 32) scratch.slots[r] = -1;
     __syncwarp();
     if (c.leads_message) {
-        const int dst = shape.owner_of(c.expert);
+        const int dst = ctx.owner_of(c.expert);
         scratch.slots[dst] = scratch.counts.messages[dst]++;
     }
     __syncwarp();
     int32_t* sent = ctx.sent_slots(chain, token);
+#pragma unroll 1
     for (int r = lane; r < shape.num_ranks; r += 32) sent[r] = scratch.slots[r];
 
     const unsigned dropped = __ballot_sync(kFullWarp, c.dropped);
     if (dropped != 0 && lane == __ffs(dropped) - 1) {
+        const int64_t entry = static_cast<int64_t>(token) * shape.topk + lane;
         record_routing(ctx, chain, __popc(dropped), in.expert(entry));
     }
 }
@@ -196,26 +201,35 @@ template <int kThreads>
 __device__ void push_tokens(const Context& ctx, const SendInput& in, int chain, uint64_t epoch,
                             int num_tokens, int index, int num_ctas, SendScratch scratch) {
     const Shape& shape = ctx.shape;
-    const int stretch = static_cast<int>(ceil_div(num_tokens, num_ctas));
+    const int stretch = (num_tokens + num_ctas - 1) / num_ctas;
     const int first = index * stretch;
     const int last = min(num_tokens, first + stretch);
     if (first >= last) return;
 
+    // In flight while earlier tokens are counted.
     RowRegisters<kThreads> regs;
-    regs.load(in.x + first * in.row_stride,
-              shape.hidden);  // in flight while the routes are counted
+    regs.load(in.x + first * in.row_stride, shape.hidden);
+    const bool routes = threadIdx.x < 32;
+    TokenRoute route{};
+    if (routes) route = TokenRoute::read(ctx, in, first);
     clear_counts(shape, scratch.counts);
     __syncthreads();
-    count_tokens(shape, in, first, scratch.counts);
+    count_tokens(ctx, in, first, scratch.counts);
     __syncthreads();
+#pragma unroll 1
     for (int t = first; t < last; ++t) {
         stage_row<kThreads>(ctx, regs, scratch.message);
         if (t + 1 < last) regs.load(in.x + (t + 1) * in.row_stride, shape.hidden);
-        if (threadIdx.x < 32) route_token(ctx, in, chain, t, scratch);
+        if (routes) {
+            route_token(ctx, in, chain, t, route, scratch);
+            if (t + 1 < last) route = TokenRoute::read(ctx, in, t + 1);
+        }
         __syncthreads();
         // Starts with the next rank, so that ranks do not all write to the same one at once.
+#pragma unroll 1
         for (int j = 1; j <= shape.num_ranks; ++j) {
-            const int dst = (ctx.rank + j) % shape.num_ranks;
+            const int next = ctx.rank + j;
+            const int dst = next < shape.num_ranks ? next : next - shape.num_ranks;
             const int slot = scratch.slots[dst];
             if (slot < 0) continue;
             push_message<kThreads>(ctx.dispatch_at(dst, chain, ctx.rank, slot), scratch.message,

@@ -15,6 +15,25 @@ __device__ __forceinline__ int first_granule(int vector) {
     return (vector >> 3) * kGranulesPerLine + (vector & 7) * 2;
 }
 
+// Polling whole messages from many CTAs would crowd out the messages themselves. Past this many
+// CTAs a warp that misses something watches one tag until it turns up, and only then looks at the
+// rest again.
+inline constexpr unsigned kFewCtas = 48;
+
+// After a look that found something missing. Whole warps; false: gave up.
+__device__ __forceinline__ bool wait_for_more(Watch& watch, const Missing& missing) {
+    if (gridDim.x <= kFewCtas) return !watch.give_up(missing);
+    const int leader = __ffs(__ballot_sync(kFullWarp, missing.waiting)) - 1;
+    const bool leads = static_cast<int>(threadIdx.x & 31) == leader;
+    Missing one = missing;
+    one.waiting = leads;
+    while (true) {
+        if (leads) one.seen = ptx::load_line_vector(one.at).hi;
+        if (__any_sync(kFullWarp, leads && one.seen == one.expected)) return true;
+        if (watch.give_up(one)) return false;
+    }
+}
+
 // Loads U vectors a lane until every tag among them is `tag`. A null pointer asks for nothing.
 // `peers[u]` is who should have sent it. Whole warps call it; false: gave up.
 template <int U>
@@ -26,17 +45,18 @@ __device__ __forceinline__ bool await_vectors(Watch& watch, const uint8_t* const
         for (int u = 0; u < U; ++u) {
             if (from[u] != nullptr) v[u] = ptx::load_line_vector(from[u]);
         }
-        Missing missing{false, -1, tag, 0};
+        Missing missing{false, -1, tag, 0, nullptr};
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             if (tag_lane && from[u] != nullptr && v[u].hi != tag) {
                 missing.waiting = true;
                 missing.peer = peers[u];
                 missing.seen = v[u].hi;
+                missing.at = from[u];
             }
         }
         if (!__any_sync(kFullWarp, missing.waiting)) return true;
-        if (watch.give_up(missing)) return false;
+        if (!wait_for_more(watch, missing)) return false;
     }
 }
 
@@ -45,39 +65,11 @@ __device__ __forceinline__ bool await_vectors(Watch& watch, const uint8_t* const
 template <int kThreads>
 __device__ __forceinline__ void push_message(uint8_t* slot, const uint64_t* granules, int lines,
                                              uint64_t tag) {
+#pragma unroll 1
     for (int v = threadIdx.x; v < lines * kVectorsPerLine; v += kThreads) {
         const int g = first_granule(v);
         ptx::store_line_vector(slot + 16 * v, {granules[g], holds_tag(v) ? tag : granules[g + 1]});
     }
-}
-
-// The reverse: waits for a whole message and lays it out flat in shared memory. Every thread calls
-// it; false on the warps that gave up. The caller synchronises.
-template <int kThreads, int U>
-__device__ __forceinline__ bool pull_message(Watch& watch, const uint8_t* slot, uint64_t* granules,
-                                             int lines, int peer, uint64_t tag) {
-    const int num_vectors = lines * kVectorsPerLine;
-    for (int base = 0; base < num_vectors; base += U * kThreads) {
-        const uint8_t* from[U];
-        int peers[U];
-        ptx::Vector v[U];
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            const int i = base + u * kThreads + threadIdx.x;
-            from[u] = i < num_vectors ? slot + 16 * i : nullptr;
-            peers[u] = peer;
-        }
-        if (!await_vectors<U>(watch, from, peers, holds_tag(threadIdx.x), tag, v)) return false;
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            if (from[u] == nullptr) continue;
-            const int i = base + u * kThreads + threadIdx.x;
-            const int g = first_granule(i);
-            granules[g] = v[u].lo;
-            if (!holds_tag(i)) granules[g + 1] = v[u].hi;
-        }
-    }
-    return true;
 }
 
 }  // namespace ep

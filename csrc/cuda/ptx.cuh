@@ -38,6 +38,13 @@ __device__ __forceinline__ void store_relaxed_sys(uint64_t* p, uint64_t v) {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
+// Two floats to BF16, nearest even; `lo` in the low half.
+__device__ __forceinline__ uint32_t pack_bf16x2(float lo, float hi) {
+    uint32_t out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(hi), "f"(lo));
+    return out;
+}
+
 // Nanoseconds, the same clock for all SMs of a GPU.
 __device__ __forceinline__ uint64_t global_timer_ns() {
     uint64_t t;

@@ -18,43 +18,66 @@ struct Choice {
     bool leads_message;  // first of the token's entries that goes to its rank
 };
 
-// Lanes with equal `group` look at the same token, in k order. Whole warps call it.
-__device__ __forceinline__ Choice read_choice(const Shape& shape, const SendInput& in, bool active,
-                                              int group, int64_t entry) {
+// The lanes [first_lane, first_lane + topk) look at one token, in k order. Whole warps call it.
+__device__ __noinline__ inline Choice read_choice(const Context& ctx, const SendInput& in, bool active,
+                                              int first_lane, int64_t entry) {
     const int lane = threadIdx.x & 31;
     const int raw = active ? in.expert(entry) : -1;
-    const bool in_range = raw >= 0 && raw < shape.num_experts;
-    const unsigned earlier = (1u << lane) - 1;
-    // Lanes with nothing to say get keys of their own.
-    const int idle_key = -1 - lane;
-    const int expert_key = in_range ? (group << 16) + raw : idle_key;
-    const bool repeated = (__match_any_sync(kFullWarp, expert_key) & earlier) != 0;
+    const bool in_range = raw >= 0 && raw < ctx.shape.num_experts;
+    const int rank = in_range ? ctx.owner_of(raw) : -1;
+    bool repeated = false;  // an earlier lane has the same expert
+    bool follows = false;   // an earlier lane goes to the same rank
+#pragma unroll 4
+    for (int k = 0; k < ctx.shape.topk; ++k) {
+        const int other = __shfl_sync(kFullWarp, raw, first_lane + k);
+        const int other_rank = __shfl_sync(kFullWarp, rank, first_lane + k);
+        const bool earlier = first_lane + k < lane;
+        repeated |= earlier && other == raw;
+        follows |= earlier && other_rank == rank;
+    }
     const bool valid = in_range && !repeated;
-    const int rank_key = valid ? (group << 16) + shape.owner_of(raw) : idle_key;
-    const bool first = (__match_any_sync(kFullWarp, rank_key) & earlier) == 0;
-    return {valid ? raw : -1, active && raw != -1 && !valid, valid && first};
+    return {valid ? raw : -1, active && raw != -1 && !valid, valid && !follows};
 }
 
+// One token's entries in a warp, entry k at lane k.
+struct TokenRoute {
+    Choice choice;
+    float weight;
+
+    static __device__ __forceinline__ TokenRoute read(const Context& ctx, const SendInput& in,
+                                                      int token) {
+        const int lane = threadIdx.x & 31;
+        const int topk = ctx.shape.topk;
+        const bool active = lane < topk;
+        const int64_t entry = static_cast<int64_t>(token) * topk + lane;
+        return {read_choice(ctx, in, active, 0, entry), active ? in.weights[entry] : 0.0f};
+    }
+};
+
 __device__ __forceinline__ void clear_counts(const Shape& shape, RouteCounts counts) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < shape.num_experts; i += blockDim.x) counts.rows[i] = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < shape.num_ranks; i += blockDim.x) counts.messages[i] = 0;
 }
 
 // Adds tokens [0, end) to cleared counts; all warps of the CTA, the caller synchronises.
 // Sums of integers: the order of the atomics does not show.
-__device__ __forceinline__ void count_tokens(const Shape& shape, const SendInput& in, int end,
+__device__ __forceinline__ void count_tokens(const Context& ctx, const SendInput& in, int end,
                                              RouteCounts counts) {
     const int lane = threadIdx.x & 31;
-    const int tokens_per_warp = 32 / shape.topk;
-    const int group = lane / shape.topk;
+    const int topk = ctx.shape.topk;
+    const int tokens_per_warp = ctx.by_topk(32);
+    const int group = ctx.by_topk(lane);
     const bool in_group = group < tokens_per_warp;
     const int num_warps = blockDim.x / 32;
+#pragma unroll 1
     for (int t = (threadIdx.x / 32) * tokens_per_warp; t < end; t += num_warps * tokens_per_warp) {
         const bool active = in_group && t + group < end;
-        const int64_t entry = static_cast<int64_t>(t) * shape.topk + lane;
-        const Choice c = read_choice(shape, in, active, group, entry);
+        const int64_t entry = static_cast<int64_t>(t) * topk + lane;
+        const Choice c = read_choice(ctx, in, active, group * topk, entry);
         if (c.expert >= 0) atomicAdd(&counts.rows[c.expert], 1);
-        if (c.leads_message) atomicAdd(&counts.messages[shape.owner_of(c.expert)], 1);
+        if (c.leads_message) atomicAdd(&counts.messages[ctx.owner_of(c.expert)], 1);
     }
 }
 

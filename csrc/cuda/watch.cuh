@@ -1,4 +1,6 @@
-// Bounded waiting and the fault record.
+// Bounded waiting and the fault record. What runs only when something is wrong stays out of line:
+// the kernels are short enough to be fetched once, and every inlined copy would be fetched on the
+// way.
 //
 // Nothing here traps: an operation that cannot finish records why, sets the abort word on itself
 // and on its peers, and returns; later operations see the word and return at once.
@@ -12,7 +14,7 @@ namespace ep {
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 
 // The first fatal fault on this rank wins; the code is written last (the host reads it first).
-__device__ inline void record_fault(const Context& ctx, Fault fault) {
+__device__ __noinline__ inline void record_fault(const Context& ctx, Fault fault) {
     if (atomicExch(ctx.fault_claim(), 1u) != 0) return;
     const uint32_t code = fault.code;
     volatile Fault* out = &ctx.faults->fatal;
@@ -28,7 +30,8 @@ __device__ inline void record_fault(const Context& ctx, Fault fault) {
 }
 
 // Not fatal: the entry is dropped, the host raises at its next check.
-__device__ inline void record_routing(const Context& ctx, int chain, int dropped, int expert) {
+__device__ __noinline__ inline void record_routing(const Context& ctx, int chain, int dropped,
+                                                   int expert) {
     volatile Fault* out = &ctx.faults->routing;
     out->op = static_cast<uint32_t>(Op::kDispatch);
     out->chain = chain;
@@ -41,13 +44,13 @@ __device__ inline void record_routing(const Context& ctx, int chain, int dropped
     out->code = static_cast<uint32_t>(FaultCode::kRouting);
 }
 
-__device__ inline void abort_group(const Context& ctx, FaultCode code, int peer) {
+__device__ __noinline__ inline void abort_group(const Context& ctx, FaultCode code, int peer) {
     const uint64_t word = pack_abort(code, ctx.rank, peer);
     for (int r = 0; r < ctx.shape.num_ranks; ++r) ptx::store_relaxed_sys(ctx.abort_word(r), word);
 }
 
-__device__ inline void fail(const Context& ctx, FaultCode code, Op op, int chain, int peer,
-                            uint64_t expected, uint64_t seen) {
+__device__ __noinline__ inline void fail(const Context& ctx, FaultCode code, Op op, int chain,
+                                         int peer, uint64_t expected, uint64_t seen) {
     record_fault(ctx, Fault{.code = static_cast<uint32_t>(code),
                             .op = static_cast<uint32_t>(op),
                             .chain = chain,
@@ -60,7 +63,8 @@ __device__ inline void fail(const Context& ctx, FaultCode code, Op op, int chain
 }
 
 // Somebody else gave up: who, and on whom.
-__device__ inline void record_abort(const Context& ctx, Op op, int chain, uint64_t word) {
+__device__ __noinline__ inline void record_abort(const Context& ctx, Op op, int chain,
+                                                 uint64_t word) {
     if (abort_rank(word) == ctx.rank) return;
     record_fault(ctx, Fault{.code = static_cast<uint32_t>(FaultCode::kAborted),
                             .op = static_cast<uint32_t>(op),
@@ -72,12 +76,6 @@ __device__ inline void record_abort(const Context& ctx, Op op, int chain, uint64
                             .seen = static_cast<uint64_t>(abort_code(word))});
 }
 
-__device__ inline bool aborted(const Context& ctx, Op op, int chain) {
-    const uint64_t word = ptx::load_relaxed_sys(ctx.abort_word(ctx.rank));
-    if (word != 0 && threadIdx.x == 0) record_abort(ctx, op, chain, word);
-    return word != 0;
-}
-
 // One warp's patience: ends a wait that found the group aborted, a tag from the future, or no time
 // left. All lanes call it together, with the tag each of them saw; `waiting` on the lanes that miss
 // theirs.
@@ -86,6 +84,7 @@ struct Missing {
     int peer;
     uint64_t expected;
     uint64_t seen;
+    const uint8_t* at;  // the vector with the tag
 };
 
 // Returns the deadline of the wait (0 on the way in: not set yet), or 0: give up. Out of line,

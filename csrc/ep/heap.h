@@ -10,10 +10,25 @@ struct Context {
     Shape shape;
     HeapLayout layout;
     LocalLayout local_layout;
+    int32_t local_experts;
+    FastDiv by_ranks;
+    FastDiv by_local_experts;
+    FastDiv by_topk;
     int32_t rank;
     FaultBoard* faults;
     uint8_t* local;
     uint8_t* heap[kMaxRanks];  // by rank; heap[rank] is this rank's own
+
+    void set_shape(const Shape& s) {
+        shape = s;
+        layout = HeapLayout::make(s);
+        local_layout = LocalLayout::make(s);
+        local_experts = s.num_local_experts();
+        by_ranks = FastDiv::by(static_cast<uint32_t>(s.num_ranks));
+        by_local_experts = FastDiv::by(static_cast<uint32_t>(local_experts));
+        by_topk = FastDiv::by(static_cast<uint32_t>(s.topk));
+    }
+    EP_HD int owner_of(int expert) const { return by_local_experts(expert); }
 
     EP_HD uint64_t* abort_word(int r) const {
         return reinterpret_cast<uint64_t*>(heap[r] + HeapLayout::kAbortOffset);

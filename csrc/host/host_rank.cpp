@@ -37,9 +37,7 @@ HostRank::HostRank(const Shape& shape, int rank, const std::vector<uintptr_t>& h
     }
     require_aligned(local, kLineBytes, "local memory");
     require_aligned(fault, alignof(FaultBoard), "fault memory");
-    context_.shape = shape;
-    context_.layout = HeapLayout::make(shape);
-    context_.local_layout = LocalLayout::make(shape);
+    context_.set_shape(shape);
     context_.rank = rank;
     context_.local = reinterpret_cast<uint8_t*>(local);
     context_.faults = reinterpret_cast<FaultBoard*>(fault);
