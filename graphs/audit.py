@@ -126,12 +126,15 @@ def audit_graph(
     )
 
 
-def audit_operations(operations: Sequence[str]) -> Audit:
-    """Facts about what the host backend recorded: it has no nodes, only operations in order."""
+def audit_operations(operations: Sequence[str], resets: Sequence[Region] = ()) -> Audit:
+    """Facts about what the host backend recorded: operations in order, after the resets."""
     return Audit(
         counts=dict(Counter(text.split()[0] for text in operations)),
         kernels={},
-        resets=(),
+        resets=tuple(
+            NodeInfo(i, gn.MEMSET, address=region.address, num_bytes=region.num_bytes)
+            for i, region in enumerate(resets)
+        ),
         problems=(),
         notes=(),
         operations=tuple(operations),

@@ -11,8 +11,8 @@ import torch
 from ep_runtime.buffer import Buffer
 from ep_runtime.graphs import driver
 from ep_runtime.graphs import nodes as gn
-from ep_runtime.graphs.audit import Audit, Region, audit_graph
-from ep_runtime.graphs.record import Operation, recording
+from ep_runtime.graphs.audit import Audit, audit_graph
+from ep_runtime.graphs.record import Operation, recording, reset_regions
 from ep_runtime.graphs.staging import Tensors
 
 
@@ -86,8 +86,7 @@ class CudaGraph:
         )
         with recording(buffers) as operations, capture, site.fork():
             self.outputs = run()
-        self.operations = tuple(operations)
-        self.audit = self._finish(buffers)
+        self.audit = self._add_resets(buffers, operations)
         self.audit.require_clean(what)
         self._graph.instantiate()
         driver.upload(self._graph.raw_cuda_graph_exec(), site.stream.cuda_stream)
@@ -98,11 +97,11 @@ class CudaGraph:
         self._graph.replay()
         self._site.join_after()
 
-    def _finish(self, buffers: Sequence[Buffer]) -> Audit:
+    def _add_resets(self, buffers: Sequence[Buffer], operations: Sequence[Operation]) -> Audit:
         """Add a reset node per rank and chain in use, then read the graph back and judge it."""
         handle = driver.graph_handle(self._graph.raw_cuda_graph())
         captured = driver.read_graph(handle)
-        resets = reset_regions(buffers, self.operations)
+        resets = reset_regions(buffers, operations)
         level = driver.list_nodes(handle)
         before = [level[index] for index in gn.reset_anchors(captured.nodes, captured.edges)]
         for region in resets:
@@ -110,19 +109,5 @@ class CudaGraph:
         return audit_graph(
             driver.read_graph(handle),
             resets=resets,
-            operations=[str(operation) for operation in self.operations],
+            operations=[str(operation) for operation in operations],
         )
-
-
-def reset_regions(buffers: Sequence[Buffer], operations: Sequence[Operation]) -> list[Region]:
-    """The step statistics of every (rank, chain) that the operations use."""
-    used = dict.fromkeys((operation.rank, operation.chain) for operation in operations)
-    by_rank = {buffer.rank: buffer for buffer in buffers}
-    return [
-        Region(
-            *by_rank[rank].stats_region(chain),
-            device=by_rank[rank].device.index or 0,
-            label=f"statistics of rank {rank} chain {chain}",
-        )
-        for rank, chain in used
-    ]

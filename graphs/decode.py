@@ -8,22 +8,19 @@ from typing import Any, Generic, TypeVar, cast, overload
 
 import torch
 
-from ep_runtime import env
 from ep_runtime.buffer import Buffer
 from ep_runtime.errors import CaptureError, ShapeError
-from ep_runtime.graphs.audit import Audit, audit_operations
+from ep_runtime.graphs.audit import Audit
 from ep_runtime.graphs.buckets import Buckets
-from ep_runtime.graphs.capture import CaptureSite, CudaGraph
-from ep_runtime.graphs.record import HostGraph
+from ep_runtime.graphs.build import Builder, Entry, Sizes
+from ep_runtime.graphs.capture import CaptureSite
 from ep_runtime.graphs.staging import StaticInputs, Tensors, real_rows
 
-Sizes = tuple[int, ...]  # a bucket per rank of this process
 Step = Callable[[Tensors, torch.Tensor], Tensors]
 GroupStep = Callable[[list[Tensors], list[torch.Tensor]], list[Tensors]]
 
 D = TypeVar("D", Tensors, list[Tensors])  # tensors of one rank, or of all virtual ranks
 N = TypeVar("N", int, Sequence[int])
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +36,6 @@ class GraphReport:
     launches: int
     static_bytes: int
     replays: int
-
-
-@dataclass(slots=True)
-class _Entry:
-    sizes: Sizes
-    run: Callable[[], list[Tensors]]
-    graph: HostGraph | CudaGraph | None = None
-    replays: int = 0
 
 
 class DecodeGraphs(Generic[D, N]):
@@ -123,13 +112,13 @@ class DecodeGraphs(Generic[D, N]):
         limit = self._buffers[0].config.max_tokens
         sizes = buckets.sizes if isinstance(buckets, Buckets) else tuple(buckets)
         self.buckets = Buckets(sizes, limit)
-        self._open, self._close = open_chain, close_chain
         self._inputs = self._allocate(make_inputs)
-        self._entries = {sizes: _Entry(sizes, self._bind(sizes)) for sizes in self._keys(mixed)}
+        self._entries = {sizes: Entry(sizes, self._bind(sizes)) for sizes in self._keys(mixed)}
         self._site: CaptureSite | None = None
         if self._buffers[0].device.type == "cuda":
             self._site = CaptureSite([buffer.device for buffer in self._buffers], pool)
-        self._build(warmup)
+        builder = Builder(self._buffers, self._site, open_chain, close_chain)
+        builder.build(list(self._entries.values()), warmup)
 
     # ---- replay ---------------------------------------------------------------------------------
 
@@ -148,13 +137,13 @@ class DecodeGraphs(Generic[D, N]):
         entry = self._fitting(counts)
         self._load(inputs, counts)
         self._launch(entry)
-        return self._cut(self._graph(entry).outputs, entry.sizes, counts)
+        return self._cut(entry.graph.outputs, entry.sizes, counts)
 
     def replay_bucket(self, bucket: int | Sizes) -> D:
         """Launch one graph on what the static inputs and scalars hold; its whole outputs."""
         entry = self._entry(bucket)
         self._launch(entry)
-        return self._shape(self._graph(entry).outputs)
+        return self._shape(entry.graph.outputs)
 
     def eager(self, inputs: D | None, num_tokens: N) -> D:
         """Run the step that `replay` would launch, without the graph; for comparison."""
@@ -172,14 +161,11 @@ class DecodeGraphs(Generic[D, N]):
 
     def static_outputs(self, bucket: int | Sizes) -> D:
         """The tensors that the graph of `bucket` writes, padding rows included."""
-        return self._shape(self._graph(self._entry(bucket)).outputs)
+        return self._shape(self._entry(bucket).graph.outputs)
 
     def audit(self, bucket: int | Sizes) -> Audit:
         """Nodes, kernels, reset nodes (host: operations) of the graph of `bucket`."""
-        graph = self._graph(self._entry(bucket))
-        if isinstance(graph, CudaGraph):
-            return graph.audit
-        return audit_operations([str(operation) for operation in graph.operations])
+        return self._entry(bucket).graph.audit
 
     def report(self) -> list[GraphReport]:
         """One record per graph, smallest first."""
@@ -229,53 +215,6 @@ class DecodeGraphs(Generic[D, N]):
             return lambda: [self._step(inputs[0], counts[0])]
         return lambda: list(self._step(inputs, counts))
 
-    def _build(self, warmup: int) -> None:
-        budgets = [buffer.time_budget_s for buffer in self._buffers]
-        longest = env.read().warmup_timeout_s
-        for buffer, budget in zip(self._buffers, budgets, strict=True):
-            buffer.set_time_budget(max(budget, longest))
-        self._barrier()
-        for entry in self._entries.values():
-            for _ in range(warmup):
-                self._warm(entry)
-        self._barrier()  # nobody may still be waiting for a kernel that a peer has not loaded
-        for entry in self._entries.values():
-            entry.graph = self._capture(entry)
-        if self._site is not None:
-            self._site.synchronize()
-        self._barrier()  # every graph of every rank is uploaded before the first replay
-        for buffer, budget in zip(self._buffers, budgets, strict=True):
-            if budget < longest:
-                buffer.set_time_budget(budget)
-            else:
-                buffer.steady()
-
-    def _warm(self, entry: _Entry) -> None:
-        if self._site is None:
-            self._run_balanced(entry.run, entry.sizes)
-            return
-        with self._site.on_stream():
-            self._run_balanced(entry.run, entry.sizes)
-        for buffer in self._buffers:
-            buffer.check()
-
-    def _capture(self, entry: _Entry) -> HostGraph | CudaGraph:
-        if self._site is not None:
-            return CudaGraph(self._buffers, entry.run, self._site, f"the graph of {entry.sizes}")
-        return self._run_balanced(lambda: HostGraph(self._buffers, entry.run), entry.sizes)
-
-    def _run_balanced(self, run: Callable[[], R], sizes: Sizes) -> R:
-        if self._open is not None:
-            self._open(sizes)
-        result = run()
-        if self._close is not None:
-            self._close(sizes)
-        return result
-
-    def _barrier(self) -> None:
-        for buffer in self._buffers:
-            buffer.world.barrier()
-
     # ---- helpers --------------------------------------------------------------------------------
 
     def _counts(self, num_tokens: int | Sequence[int]) -> Sizes:
@@ -287,7 +226,7 @@ class DecodeGraphs(Generic[D, N]):
             )
         return counts
 
-    def _fitting(self, counts: Sizes) -> _Entry:
+    def _fitting(self, counts: Sizes) -> Entry:
         """The graph of the fewest rows in which every rank's tokens fit."""
         wanted = tuple(self.buckets.pick(count) for count in counts)
         exact = self._entries.get(wanted)
@@ -305,16 +244,16 @@ class DecodeGraphs(Generic[D, N]):
         for static, mine, count in zip(self._inputs, per_rank, counts, strict=True):
             static.load(mine, count)
 
-    def _launch(self, entry: _Entry) -> None:
+    def _launch(self, entry: Entry) -> None:
         for buffer in self._buffers:
             buffer.check()
-        self._graph(entry).replay()
+        entry.graph.replay()
         entry.replays += 1
 
     def _cut(self, outputs: list[Tensors], sizes: Sizes, counts: Sizes) -> D:
         return self._shape([real_rows(*mine) for mine in zip(outputs, sizes, counts, strict=True)])
 
-    def _entry(self, bucket: int | Sizes) -> _Entry:
+    def _entry(self, bucket: int | Sizes) -> Entry:
         sizes = (bucket,) * len(self._buffers) if isinstance(bucket, int) else tuple(bucket)
         entry = self._entries.get(sizes)
         if entry is None:
@@ -323,24 +262,25 @@ class DecodeGraphs(Generic[D, N]):
             )
         return entry
 
-    def _graph(self, entry: _Entry) -> HostGraph | CudaGraph:
-        if entry.graph is None:
-            raise CaptureError(f"bucket {entry.sizes} has no graph: its capture did not end")
-        return entry.graph
-
-    def _report(self, entry: _Entry) -> GraphReport:
+    def _report(self, entry: Entry) -> GraphReport:
         audit = self.audit(entry.sizes)
         inputs = sum(s.num_bytes(b) for s, b in zip(self._inputs, entry.sizes, strict=True))
-        outputs = self._graph(entry).outputs
+        outputs = entry.graph.outputs
         results = sum(t.numel() * t.element_size() for rank in outputs for t in rank.values())
         return GraphReport(
             entry.sizes, audit.counts, audit.launches, inputs + results, entry.replays
         )
 
-    def _listed(self, inputs: D | None) -> list[Tensors | None]:
+    def _listed(self, inputs: D | None) -> Sequence[Tensors | None]:
         if inputs is None:
             return [None] * len(self._buffers)
-        return [inputs] if isinstance(inputs, dict) else list(inputs)
+        listed = [inputs] if isinstance(inputs, dict) else list(inputs)
+        if len(listed) != len(self._buffers):
+            raise ShapeError(
+                f"inputs for {len(listed)} ranks; give one dict for each of the "
+                f"{len(self._buffers)} ranks of this process"
+            )
+        return listed
 
     def _shape(self, per_rank: list[Tensors]) -> D:
         return cast(D, per_rank[0] if self._single else per_rank)

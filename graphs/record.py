@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ep_runtime.errors import CaptureError
+from ep_runtime.graphs.audit import Region, audit_operations
 from ep_runtime.graphs.staging import Tensors
 
 if TYPE_CHECKING:
@@ -55,24 +57,45 @@ def recording(
             buffer.recorder = before
 
 
+def reset_regions(buffers: Sequence[Buffer], operations: Sequence[Operation]) -> list[Region]:
+    """The step statistics of every (rank, chain) that the operations use."""
+    used = dict.fromkeys((operation.rank, operation.chain) for operation in operations)
+    by_rank = {buffer.rank: buffer for buffer in buffers}
+    return [
+        Region(
+            *by_rank[rank].stats_region(chain),
+            device=by_rank[rank].device.index or 0,
+            label=f"statistics of rank {rank} chain {chain}",
+        )
+        for rank, chain in used
+    ]
+
+
 class HostGraph:
-    """A step recorded on the host backend: replayed by running it, held to what was recorded."""
+    """A step recorded on the host backend: replayed by running it, held to what was recorded.
+
+    As in a CUDA graph, a replay first zeroes the statistics of the chains in use.
+    """
 
     def __init__(self, buffers: Sequence[Buffer], run: Callable[[], list[Tensors]]) -> None:
         self._buffers = buffers
         self._run = run
         with recording(buffers) as operations:
             outputs = run()
-        self.operations = tuple(operations)
+        self._operations = tuple(operations)
+        self._resets = reset_regions(buffers, operations)
+        self.audit = audit_operations([str(operation) for operation in operations], self._resets)
         # A replay writes where the first run wrote, as a CUDA graph does.
         self.outputs = [{name: t.clone() for name, t in rank.items()} for rank in outputs]
 
     def replay(self) -> None:
         """Run the step again. Raises CaptureError if it issues other operations than before."""
-        with recording(self._buffers, self.operations) as operations:
+        for region in self._resets:
+            ctypes.memset(region.address, 0, region.num_bytes)
+        with recording(self._buffers, self._operations) as operations:
             outputs = self._run()
-        if len(operations) < len(self.operations):
-            _compare(self.operations, len(operations), None)
+        if len(operations) < len(self._operations):
+            _compare(self._operations, len(operations), None)
         for static, fresh in zip(self.outputs, outputs, strict=True):
             _copy(static, fresh)
 

@@ -133,7 +133,8 @@ def test_the_slowest_rank_decides_for_all() -> None:
     clock = ManualClock()
 
     class OtherRankIsSlow(World):
-        def all_gather(self, data: bytes) -> list[bytes]:
+        def all_gather(self, data: bytes, *, timeout_s: float | None = None) -> list[bytes]:
+            assert timeout_s is None
             return [data, struct.pack("<2d", 50, 90)]
 
     world = OtherRankIsSlow(None, 0, 1)

@@ -1,0 +1,129 @@
+"""The collective part: every rank warms up and captures before any rank replays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ep_runtime import env
+from ep_runtime.buffer import Buffer
+from ep_runtime.errors import CaptureError
+from ep_runtime.graphs.capture import CaptureSite, CudaGraph
+from ep_runtime.graphs.record import HostGraph
+from ep_runtime.graphs.staging import Tensors
+
+Sizes = tuple[int, ...]  # a bucket per rank of this process
+R = TypeVar("R")
+
+
+@dataclass(slots=True)
+class Entry:
+    """One graph: the step bound to the static inputs of its buckets, and what became of it."""
+
+    sizes: Sizes
+    run: Callable[[], list[Tensors]]
+    captured: HostGraph | CudaGraph | None = None
+    replays: int = 0
+
+    @property
+    def graph(self) -> HostGraph | CudaGraph:
+        if self.captured is None:
+            raise CaptureError(f"the buckets {self.sizes} have no graph: their capture did not end")
+        return self.captured
+
+
+class Builder:
+    """Captures entries on all ranks of a group together. `site` is None on the host backend."""
+
+    def __init__(
+        self,
+        buffers: Sequence[Buffer],
+        site: CaptureSite | None,
+        open_chain: Callable[[Sizes], None] | None,
+        close_chain: Callable[[Sizes], None] | None,
+    ) -> None:
+        self._buffers = buffers
+        self._site = site
+        self._open, self._close = open_chain, close_chain
+        self._virtual = buffers[0].virtual
+        self._world = buffers[0].world
+
+    def build(self, entries: Sequence[Entry], warmup: int) -> None:
+        """Warm up, capture, instantiate and upload every entry."""
+        self._require_same_runs(len(entries), warmup)
+        with self._warmup_budget():
+            for entry in entries:
+                for _ in range(warmup):
+                    self._warm(entry)
+            # A peer that still loads a kernel could wait for one that already replays.
+            self._together("warming up", self._synchronize)
+            self._together("capturing", lambda: self._capture_all(entries))
+
+    def _require_same_runs(self, graphs: int, warmup: int) -> None:
+        """Warm-up runs are collective: every rank must make as many, whatever its buckets are."""
+        if self._virtual:
+            return
+        mine = f"{graphs} graphs with {warmup} warm-up runs each"
+        for rank, answer in enumerate(self._world.all_gather(mine.encode())):
+            if answer.decode() != mine:
+                raise CaptureError(
+                    f"rank {self._world.rank} captures {mine}, rank {rank} {answer.decode()}; give "
+                    "every rank as many buckets and the same warmup"
+                )
+
+    @contextmanager
+    def _warmup_budget(self) -> Iterator[None]:
+        """Wait longer for peers that load kernels; afterwards as long as before, or steadily."""
+        longest = env.read().warmup_timeout_s
+        before = [buffer.time_budget_s for buffer in self._buffers]
+        for buffer, budget in zip(self._buffers, before, strict=True):
+            buffer.set_time_budget(max(budget, longest))
+        try:
+            yield
+        finally:
+            for buffer, budget in zip(self._buffers, before, strict=True):
+                if budget < longest:
+                    buffer.set_time_budget(budget)
+                else:
+                    buffer.steady()
+
+    def _warm(self, entry: Entry) -> None:
+        if self._site is None:
+            self._balanced(entry.run, entry.sizes)
+            return
+        with self._site.on_stream():
+            self._balanced(entry.run, entry.sizes)
+        for buffer in self._buffers:
+            buffer.check()
+
+    def _capture_all(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            entry.captured = self._capture(entry)
+        self._synchronize()
+
+    def _capture(self, entry: Entry) -> HostGraph | CudaGraph:
+        if self._site is not None:
+            # A capture executes nothing, so there is nothing to open or close around it.
+            return CudaGraph(self._buffers, entry.run, self._site, f"the graph of {entry.sizes}")
+        return self._balanced(lambda: HostGraph(self._buffers, entry.run), entry.sizes)
+
+    def _balanced(self, run: Callable[[], R], sizes: Sizes) -> R:
+        if self._open is not None:
+            self._open(sizes)
+        result = run()
+        if self._close is not None:
+            self._close(sizes)
+        return result
+
+    def _together(self, what: str, part: Callable[[], None]) -> None:
+        """Do a part; where it fails on one rank, it fails on all. Ranks meet at its end."""
+        if self._virtual:
+            part()
+        else:
+            self._world.agree(what, part)
+
+    def _synchronize(self) -> None:
+        if self._site is not None:
+            self._site.synchronize()

@@ -1,0 +1,314 @@
+"""DecodeGraphs on CPU ranks: choosing buckets, replaying, and refusing what cannot be right."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from cases import beyond_one_ulp, draw_case, expert_factors, run_experts
+
+from ep_runtime import Buffer, CaptureError, EpConfig, ShapeError, World, virtual_ranks
+from ep_runtime.graphs import Buckets, DecodeGraphs
+from ep_runtime.launch import run_ranks
+
+Tensors = dict[str, torch.Tensor]
+RANKS = 3
+CONFIG = EpConfig(num_experts=6, topk=2, hidden=128, max_tokens=8)
+
+
+class Layer:
+    """Dispatch, experts, combine on all ranks; counts how often it ran."""
+
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        self.buffers = list(buffers)
+        self.factors = expert_factors(buffers[0].config).view(buffers[0].num_ranks, -1)
+        self.runs = 0
+        self.chain = 0
+
+    def __call__(
+        self, inputs: list[Tensors], num_tokens: Sequence[torch.Tensor | None]
+    ) -> list[Tensors]:
+        self.runs += 1
+        sent = [
+            b.dispatch(i["x"], i["idx"], i["weights"], chain=self.chain, num_tokens=n)
+            for b, i, n in zip(self.buffers, inputs, num_tokens, strict=True)
+        ]
+        received = [pending.wait() for pending in sent]
+        back = [
+            b.combine(run_experts(r.x, r.scales, self.factors[b.rank]), r.handle)
+            for b, r in zip(self.buffers, received, strict=True)
+        ]
+        return [{"out": pending.wait()} for pending in back]
+
+
+def empty_inputs(rows: int) -> Tensors:
+    return {
+        "x": torch.zeros((rows, CONFIG.hidden), dtype=torch.bfloat16),
+        "idx": torch.full((rows, CONFIG.topk), -1),
+        "weights": torch.zeros((rows, CONFIG.topk)),
+    }
+
+
+def group_inputs(rows: int) -> list[Tensors]:
+    return [empty_inputs(rows) for _ in range(RANKS)]
+
+
+def random_step(counts: tuple[int, ...]) -> tuple[list[Tensors], list[torch.Tensor]]:
+    """Inputs of all ranks and what must come home."""
+    case = draw_case(CONFIG, counts, random.randrange(1 << 40))
+    inputs = [{"x": r.x, "idx": r.topk_idx, "weights": r.topk_weights} for r in case]
+    return inputs, [r.out for r in case]
+
+
+@pytest.fixture
+def buffers() -> Iterator[list[Buffer]]:
+    made = virtual_ranks(CONFIG, RANKS, backend="host")
+    yield made
+    for buffer in made:
+        buffer.close()
+
+
+@pytest.fixture
+def layer(buffers: list[Buffer]) -> Layer:
+    return Layer(buffers)
+
+
+def capture(layer: Layer, **options: Any) -> DecodeGraphs[list[Tensors], Sequence[int]]:
+    return DecodeGraphs(layer.buffers, layer, group_inputs, (2, 4, 8), **options)
+
+
+def require_right(outputs: list[Tensors], wanted: list[torch.Tensor]) -> None:
+    for found, expected in zip(outputs, wanted, strict=True):
+        assert found["out"].shape == expected.shape
+        assert beyond_one_ulp(found["out"], expected) == 0
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0), (1, 2, 0), (4, 3, 4), (8, 0, 1), (8, 8, 8)])
+def test_replay_gives_what_the_reference_gives(layer: Layer, counts: tuple[int, ...]) -> None:
+    graphs = capture(layer)
+    for _ in range(2):
+        inputs, wanted = random_step(counts)
+        require_right(graphs.replay(inputs, counts), wanted)
+        inputs, wanted = random_step(counts)
+        require_right(graphs.eager(inputs, counts), wanted)
+
+
+def test_replay_takes_the_smallest_bucket_and_counts(layer: Layer) -> None:
+    graphs = capture(layer)
+    for most in (0, 2, 3, 4, 8, 1):
+        inputs, _ = random_step((most, 0, min(most, 1)))
+        graphs.replay(inputs, (most, 0, min(most, 1)))
+    assert {r.sizes[0]: r.replays for r in graphs.report()} == {2: 3, 4: 2, 8: 1}
+
+
+def test_ranks_may_take_different_buckets_where_that_was_captured(layer: Layer) -> None:
+    graphs = capture(layer, mixed=[(2, 8, 2)])
+    for counts in [(1, 8, 0), (3, 8, 0)]:
+        inputs, wanted = random_step(counts)
+        require_right(graphs.replay(inputs, counts), wanted)
+    replays = {r.sizes: r.replays for r in graphs.report()}
+    assert replays[2, 8, 2] == 1
+    assert replays[8, 8, 8] == 1
+
+
+def test_every_bucket_is_warmed_up_and_recorded_once(layer: Layer) -> None:
+    capture(layer, warmup=3)
+    assert layer.runs == 3 * (3 + 1)
+
+
+def test_inputs_may_be_filled_in_place(layer: Layer) -> None:
+    graphs = capture(layer)
+    inputs, wanted = random_step((2, 1, 2))
+    for static, fresh in zip(graphs.static_inputs(2), inputs, strict=True):
+        for name, tensor in fresh.items():
+            static[name][: tensor.shape[0]] = tensor
+    require_right(graphs.replay(None, (2, 1, 2)), wanted)
+
+
+def test_buckets_share_their_inputs_and_keep_their_outputs(layer: Layer) -> None:
+    graphs = capture(layer)
+    assert graphs.static_inputs(2)[0]["x"].data_ptr() == graphs.static_inputs(8)[0]["x"].data_ptr()
+    address = graphs.static_outputs(4)[1]["out"].data_ptr()
+    inputs, _ = random_step((3, 4, 3))
+    assert graphs.replay(inputs, (3, 4, 3))[1]["out"].data_ptr() == address
+
+
+def test_a_replay_zeroes_the_statistics_of_its_chains_first(layer: Layer) -> None:
+    graphs = capture(layer)
+    inputs, _ = random_step((2, 2, 2))
+    seen = []
+    for _ in range(3):
+        graphs.replay(inputs, (2, 2, 2))
+        seen.append([buffer.stats(0) for buffer in layer.buffers])
+    assert seen[0] == seen[1] == seen[2]
+    assert sum(stats.messages_sent for stats in seen[0]) > 0
+    graphs.eager(inputs, (2, 2, 2))
+    assert layer.buffers[0].stats(0).messages_sent == 2 * seen[0][0].messages_sent
+
+
+def test_the_audit_lists_operations_and_resets(layer: Layer) -> None:
+    audit = capture(layer).audit(4)
+    assert len(audit.operations) == 4 * RANKS
+    assert audit.launches == 4 * RANKS
+    assert len(audit.resets) == RANKS
+    address, num_bytes = layer.buffers[1].stats_region(0)
+    assert (audit.resets[1].address, audit.resets[1].num_bytes) == (address, num_bytes)
+
+
+def test_the_report_counts_static_bytes(layer: Layer) -> None:
+    report = capture(layer).report()[0]
+    row = 2 * CONFIG.hidden + 8 * CONFIG.topk + 4 * CONFIG.topk  # x, idx, weights
+    assert report.sizes == (2,) * RANKS
+    assert report.static_bytes == RANKS * 2 * (row + 2 * CONFIG.hidden)
+
+
+def test_several_graphs_share_a_buffer(layer: Layer) -> None:
+    first, other = capture(layer), Layer(layer.buffers)
+    other.chain = 1
+    second = capture(other)
+    for graphs in (first, second, second, first):
+        inputs, wanted = random_step((5, 0, 2))
+        require_right(graphs.replay(inputs, (5, 0, 2)), wanted)
+
+
+def test_the_time_budget_is_longer_only_while_capturing(layer: Layer) -> None:
+    for buffer in layer.buffers:
+        buffer.set_time_budget(3.0)
+    seen = []
+    run = layer.__call__
+
+    def step(inputs: list[Tensors], counts: list[torch.Tensor]) -> list[Tensors]:
+        seen.append(layer.buffers[0].time_budget_s)
+        return run(inputs, counts)
+
+    DecodeGraphs(layer.buffers, step, group_inputs, (2,))
+    assert min(seen) >= 60.0
+    assert layer.buffers[0].time_budget_s == 3.0
+
+
+def test_a_step_that_changes_its_sequence_is_caught_before_a_peer_notices(layer: Layer) -> None:
+    graphs = capture(layer)
+    layer.chain = 1
+    inputs, _ = random_step((1, 1, 1))
+    with pytest.raises(CaptureError, match="chain 1 rank 0 at operation 0, recorded was"):
+        graphs.replay(inputs, (1, 1, 1))
+    layer.chain = 0
+    inputs, wanted = random_step((1, 1, 1))
+    require_right(graphs.replay(inputs, (1, 1, 1)), wanted)
+
+
+def test_a_step_that_stops_early_is_caught(layer: Layer) -> None:
+    steps: list[Any] = [layer]
+    graphs = DecodeGraphs(layer.buffers, lambda i, n: steps[0](i, n), group_inputs, (2,))
+    steps[0] = lambda inputs, _: [{"out": torch.zeros(2, CONFIG.hidden)} for _ in inputs]
+    with pytest.raises(CaptureError, match="came to the end at operation 0"):
+        graphs.replay(None, (0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("buckets", "message"),
+    [
+        ((2, 9), r"bucket 9 is outside 1\.\.8 \(max_tokens\)"),
+        ((), "no buckets"),
+        ((4, 2), "ascend"),
+    ],
+)
+def test_buckets_that_do_not_fit_are_refused_before_the_step_runs(
+    layer: Layer, buckets: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ShapeError, match=message):
+        DecodeGraphs(layer.buffers, layer, group_inputs, buckets)
+    assert layer.runs == 0
+
+
+def test_buckets_are_held_to_the_buffers_limit_not_their_own(layer: Layer) -> None:
+    with pytest.raises(ShapeError, match=r"bucket 16 is outside 1\.\.8"):
+        DecodeGraphs(layer.buffers, layer, group_inputs, Buckets((2, 16), 16))
+
+
+def wrong_rows(rows: int) -> list[Tensors]:
+    return [{**one, "x": one["x"][:-1]} for one in group_inputs(rows)]
+
+
+@pytest.mark.parametrize(
+    ("make_inputs", "message"),
+    [
+        (wrong_rows, "'x' with 7 rows"),
+        (lambda rows: group_inputs(rows)[:2], "for 2 ranks"),
+        (lambda rows: [{"x": torch.empty(rows, device="meta")}] * RANKS, "on meta"),
+    ],
+)
+def test_static_inputs_of_another_shape_or_place_are_refused(
+    layer: Layer, make_inputs: Any, message: str
+) -> None:
+    with pytest.raises(ShapeError, match=message):
+        DecodeGraphs(layer.buffers, layer, make_inputs, (2, 8))
+    assert layer.runs == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "counts", "message"),
+    [
+        ({}, (1, 1, 9), "9, above the largest bucket 8"),
+        ({}, (1, 1), "num_tokens has 2 entries"),
+        ({"idx": None}, (1, 1, 1), "captured with"),
+        ({"x": torch.zeros(4, 64, dtype=torch.bfloat16)}, (1, 1, 1), r"\[4, 64\]"),
+        ({"x": torch.zeros(4, 128)}, (1, 1, 1), "torch.float32"),
+        ({}, (5, 1, 1), "at least num_tokens rows"),
+    ],
+)
+def test_bad_inputs_of_a_replay_are_refused_before_the_step_runs(
+    layer: Layer, change: dict[str, torch.Tensor | None], counts: tuple[int, ...], message: str
+) -> None:
+    graphs = capture(layer)
+    runs = layer.runs
+    one = {name: t for name, t in (empty_inputs(4) | change).items() if t is not None}
+    with pytest.raises(ShapeError, match=message):
+        graphs.replay([one] * RANKS, counts)
+    assert layer.runs == runs
+
+
+def test_a_bucket_that_was_not_captured_is_named(layer: Layer) -> None:
+    with pytest.raises(CaptureError, match=r"bucket 3 was not captured"):
+        capture(layer).replay_bucket(3)
+
+
+def test_mixed_sizes_must_be_buckets(layer: Layer) -> None:
+    with pytest.raises(ShapeError, match=r"mixed sizes \(2, 3, 2\)"):
+        capture(layer, mixed=[(2, 3, 2)])
+
+
+def one_rank(world: World, counts: list[int], warmups: list[int]) -> list[int]:
+    """A process of a group: plain dicts and numbers instead of lists."""
+    with Buffer(CONFIG, world, backend="host") as buffer:
+        layer = Layer([buffer])
+
+        def step(inputs: Tensors, num_tokens: torch.Tensor) -> Tensors:
+            return layer([inputs], [num_tokens])[0]
+
+        graphs = DecodeGraphs(buffer, step, empty_inputs, (2, 8), warmup=warmups[world.rank])
+        random.seed(5)
+        for _ in range(4):
+            inputs, wanted = random_step(tuple(counts))
+            mine = graphs.replay(inputs[world.rank], counts[world.rank])
+            require_right([mine], [wanted[world.rank]])
+        return [report.replays for report in graphs.report()]
+
+
+@pytest.mark.slow
+def test_processes_replay_each_its_own_bucket() -> None:
+    outcomes = run_ranks(one_rank, 3, [1, 7, 0], [1, 1, 1], timeout_s=60)
+    assert [outcome.failure for outcome in outcomes] == [None, None, None]
+    assert [outcome.result for outcome in outcomes] == [[4, 0], [0, 4], [4, 0]]
+
+
+@pytest.mark.slow
+def test_ranks_that_would_warm_up_unequally_all_refuse() -> None:
+    outcomes = run_ranks(one_rank, 2, [1, 1], [1, 2], timeout_s=60)
+    for outcome in outcomes:
+        assert outcome.failure is not None
+        assert outcome.failure.kind == "CaptureError"
+        assert "give every rank as many buckets" in str(outcome.failure)
