@@ -39,6 +39,16 @@ class Checkpoint:
         return model.to(device).eval().requires_grad_(False)
 
 
+def random(config: LmConfig, seed: int = 0) -> Checkpoint:
+    """Weights that nobody trained, with logits of a few units: for tests and benchmarks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LanguageModel(config)
+        model.embedding.data.normal_(std=3 * config.hidden**-0.5)
+    weights = {name: w.bfloat16() for name, w in model.state_dict().items()}
+    return Checkpoint(config, weights, {"seed": seed})
+
+
 def expected_shapes(config: LmConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(w.shape) for name, w in LanguageModel(config).state_dict().items()}

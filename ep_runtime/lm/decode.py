@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ep_runtime.buffer import Buffer
 from ep_runtime.graphs import Buckets, DecodeGraphs
-from ep_runtime.lm.check import CheckReport, Sampling, merge_checks
+from ep_runtime.lm.check import GREEDY, CheckReport, Sampling, merge_checks
 from ep_runtime.lm.checkpoint import Checkpoint
 from ep_runtime.lm.parallel import DecodeStep, RankModel, Tensors
 from ep_runtime.lm.schedule import Batch, assign, check_lengths, count_steps
@@ -125,7 +125,7 @@ class Decoder:
         self,
         prompts: Sequence[bytes],
         num_tokens: int,
-        sampling: Sampling | None = None,
+        sampling: Sampling = GREEDY,
         *,
         eager: bool = False,
         keep_logits: bool = False,
@@ -141,7 +141,7 @@ class Decoder:
         """
         check_lengths(prompts, num_tokens, self.config.max_context)
         num_ranks = self.buffers[0].num_ranks
-        run = _Run(self, sampling or Sampling(), eager, keep_logits, on_token)
+        run = _Run(self, sampling, eager, keep_logits, on_token)
         batches = [
             Batch(assign(prompts, num_tokens, buffer.rank, num_ranks), self.batch)
             for buffer in self.buffers

@@ -2,9 +2,9 @@
 
     python -m ep_runtime.lm.train --corpus corpus --out checkpoint.safetensors --minutes 5
 
-Needs torch, numpy and safetensors; no native module, no network. The schedule follows elapsed wall
-clock, so a run ends on time on any device; the same seed, device and number of steps give the same
-batches.
+Needs torch, numpy and safetensors; no native module, no network. The learning rate follows elapsed
+time, so a run ends on time on any device; with `--steps` it follows the number of steps, and the
+same seed on the same kind of device repeats the run.
 """
 
 from __future__ import annotations
@@ -128,30 +128,42 @@ def make_step(model: LanguageModel, device: torch.device, compile_mode: str, bat
     return compiled
 
 
-def train(arguments: argparse.Namespace) -> dict[str, object]:
-    """Run the training that `arguments` describe; returns what the checkpoint records."""
-    began = time.monotonic()
-    budget = arguments.minutes * 60
-    device = torch.device(arguments.device)
-    torch.manual_seed(arguments.seed)
-    torch.set_float32_matmul_precision("high")
-    config = LmConfig()
-    model = LanguageModel(config, dropout=arguments.dropout).to(device).train()
-    data = read_bytes(arguments.corpus / "train.txt", device)
-    val = read_bytes(arguments.corpus / "val.txt", device)
-    sources = json.loads((arguments.corpus / "SOURCES.json").read_text())
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {data.numel():,} training bytes, {device}", flush=True)
+class Progress:
+    """How far a run is, by the clock or, for a run that can be repeated exactly, by steps."""
+
+    def __init__(self, minutes: float, max_steps: int) -> None:
+        self._began = time.monotonic()
+        self._budget = minutes * 60
+        self._max_steps = max_steps
+        self.steps = 0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds."""
+        return time.monotonic() - self._began
+
+    @property
+    def fraction(self) -> float:
+        """0 to 1; 1 and above: the run is over."""
+        if self._max_steps:
+            return self.steps / self._max_steps
+        return self.elapsed / self._budget
+
+
+def optimize(
+    model: LanguageModel, data: Tensor, val: Tensor, arguments: argparse.Namespace
+) -> tuple[Progress, float]:
+    """Train `model` in place. Returns the progress made and the last training bits per byte."""
+    device = data.device
+    progress = Progress(arguments.minutes, arguments.steps)
     optimizer = make_optimizer(model, arguments.lr, arguments.weight_decay)
     step_fn = make_step(model, device, arguments.compile, arguments.batch)
     generator = torch.Generator(device).manual_seed(arguments.seed)
-    length = config.max_context + 1
-    steps, running = 0, 0.0
-    report_every = budget / 20
-    next_report = report_every
-    while (elapsed := time.monotonic() - began) < budget:
+    length = model.config.max_context + 1
+    bits, reports = 0.0, 0
+    while (fraction := progress.fraction) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(elapsed / budget, arguments.lr)
+            group["lr"] = learning_rate(fraction, arguments.lr)
         starts = torch.randint(
             data.numel() - length, (arguments.batch,), generator=generator, device=device
         )
@@ -160,42 +172,59 @@ def train(arguments: argparse.Namespace) -> dict[str, object]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        steps += 1
-        if steps % 10 == 0 or device.type == "cpu":
-            running = loss.item()  # also keeps the host from running ahead of the clock
-        if elapsed >= next_report:
-            next_report += report_every
+        progress.steps += 1
+        if progress.steps % 10 == 0 or device.type == "cpu":
+            bits = loss.item() / math.log(2)  # also keeps the host from running ahead of the clock
+        if fraction * 20 >= reports + 1:
+            reports = int(fraction * 20)
             val_bits = bits_per_byte(model, val, arguments.batch, limit=arguments.val_windows)
             print(
-                f"{elapsed:6.0f} s  step {steps:6d}"
-                f"  {steps * arguments.batch * (length - 1) / 1e6:8.1f} MB"
-                f"  train {running / math.log(2):.3f}  val {val_bits:.3f} bits per byte"
+                f"{progress.elapsed:6.0f} s  step {progress.steps:6d}"
+                f"  {progress.steps * arguments.batch * (length - 1) / 1e6:8.1f} MB"
+                f"  train {bits:.3f}  val {val_bits:.3f} bits per byte"
                 f"  balance {balance.item():.3f}",
                 flush=True,
             )
+    return progress, bits
+
+
+def train(arguments: argparse.Namespace) -> dict[str, object]:
+    """Run the training that `arguments` describe; returns what the checkpoint records."""
+    device = torch.device(arguments.device)
+    torch.manual_seed(arguments.seed)
+    torch.set_float32_matmul_precision("high")
+    model = LanguageModel(LmConfig(), dropout=arguments.dropout).to(device).train()
+    data = read_bytes(arguments.corpus / "train.txt", device)
+    val = read_bytes(arguments.corpus / "val.txt", device)
+    sources = json.loads((arguments.corpus / "SOURCES.json").read_text())
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {data.numel():,} training bytes, {device}", flush=True)
+    progress, train_bits = optimize(model, data, val, arguments)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16().float())
+            parameter.copy_(parameter.bfloat16().float())  # judge what is saved
     limit = arguments.val_windows if device.type == "cpu" else None
+    val_bits = bits_per_byte(model, val, arguments.batch, limit)
     record: dict[str, object] = {
-        "train_bits_per_byte": running / math.log(2),
-        "val_bits_per_byte": bits_per_byte(model, val, arguments.batch, limit),
-        "val_windows": limit or val.numel() // config.max_context,
+        "train_bits_per_byte": train_bits,
+        "val_bits_per_byte": val_bits,
+        "val_windows": limit or val.numel() // model.config.max_context,
         "parameters": parameters,
-        "steps": steps,
+        "steps": progress.steps,
+        "seconds": progress.elapsed,
         "batch": arguments.batch,
         "seed": arguments.seed,
-        "minutes": arguments.minutes,
+        "lr": arguments.lr,
+        "weight_decay": arguments.weight_decay,
+        "dropout": arguments.dropout,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "corpus": sources,
     }
     checkpoint.save(arguments.out, model, record)
-    size = arguments.out.stat().st_size
     print(
-        f"final: train {record['train_bits_per_byte']:.3f}, "
-        f"val {record['val_bits_per_byte']:.3f} bits per byte, {steps} steps; "
-        f"wrote {arguments.out} ({size / 1e6:.1f} MB)"
+        f"final: train {train_bits:.3f}, val {val_bits:.3f} bits per byte, {progress.steps} steps;"
+        f" wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB)"
     )
     for prompt in arguments.prompt:
         print("--", sample(model, prompt, 200))
@@ -207,6 +236,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, default=Path("corpus"))
     parser.add_argument("--out", type=Path, default=Path("build/checkpoint.safetensors"))
     parser.add_argument("--minutes", type=float, default=5.0, help="wall clock, compiling included")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="end after so many steps instead; repeatable exactly"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=128, help="windows of max_context bytes")
