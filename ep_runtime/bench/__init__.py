@@ -1,0 +1,1 @@
+"""Benchmarks: correctness first, then replays of a graph, slowest rank, peers in the same run."""

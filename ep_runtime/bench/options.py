@@ -1,0 +1,125 @@
+"""What a low-latency benchmark runs. Checked when built; every message says what to change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from ep_runtime.errors import ConfigError
+
+Mode = Literal["fused", "split", "hook"]
+Skew = Literal["uniform", "zipf", "one-rank", "half-empty"]
+Backend = Literal["auto", "cuda", "host"]
+DISPATCH_FORMATS = ("fp8", "bf16")
+RECV_FORMATS = ("batched", "compact", "contiguous")
+PEERS = ("nccl-ag-rs", "nccl-ag-rs-symm", "nccl-a2a", "nccl-a2a-equal", "deep_ep", "flashinfer")
+SMALLEST_MAX_TOKENS = 128  # a decode server sizes its buffers once, so small T run in the same one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowLatencyOptions:
+    """Sizes, variants and effort of `ep-runtime bench low-latency`.
+
+    tokens            tokens per rank T, one run of cases each
+    ranks             0: every visible GPU (cuda), or two processes (host)
+    modes             fused: one kernel an operation; split: send and receive launched one after
+                      the other; hook: split with `compute_us` of other work in between, of which
+                      the time that remains exposed is reported
+    skew              which experts tokens choose, see `ep_runtime.bench.routing`
+    pairs, replays    dispatch -> combine pairs in one graph, and how often it is timed
+    input_sets        inputs that the pairs of a graph rotate through
+    peers             "auto" (all), "none", or names from PEERS
+    parts             also time dispatch and combine, and their send and receive, apart
+    max_tokens        M; None: the largest T, and at least 128
+    num_sms           SMs that our kernels may use; 0: all
+    link_gbs          GB/s one way that `floor_us` divides by; None: measured on this machine
+    graph_mixing      leave NCCL_GRAPH_MIXING_SUPPORT at its default of 1
+    out               folder of the JSON (and plot); None: nothing is written
+    commit            None: asked of git, "unknown" outside a checkout
+    """
+
+    tokens: tuple[int, ...] = (1, 8, 32, 64, 128)
+    hidden: int = 7168
+    topk: int = 8
+    experts: tuple[int, ...] = (256, 32)
+    ranks: int = 0
+    dispatch_formats: tuple[str, ...] = ("fp8",)
+    recv_formats: tuple[str, ...] = ("batched", "compact")
+    modes: tuple[Mode, ...] = ("fused",)
+    skew: Skew = "uniform"
+    pairs: int = 50
+    replays: int = 20
+    input_sets: int = 4
+    peers: tuple[str, ...] = ("auto",)
+    parts: bool = True
+    backend: Backend = "auto"
+    num_sms: int = 0
+    max_tokens: int | None = None
+    compute_us: float = 20.0
+    link_gbs: float | None = None
+    graph_mixing: bool = False
+    out: Path | None = Path("benchmarks/results")
+    plot: bool = False
+    commit: str | None = None
+    command: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        _one_of("skew", self.skew, get_args(Skew))
+        _one_of("backend", self.backend, get_args(Backend))
+        for name in ("tokens", "experts"):
+            _not_empty(name, getattr(self, name))
+        for name, allowed in (
+            ("dispatch_formats", DISPATCH_FORMATS),
+            ("recv_formats", RECV_FORMATS),
+            ("modes", get_args(Mode)),
+            ("peers", ("auto", "none", *PEERS)),
+        ):
+            _not_empty(name, getattr(self, name))
+            for value in getattr(self, name):
+                _one_of(name, value, allowed)
+        if self.max_tokens is not None and self.max_tokens < max(self.tokens):
+            raise ConfigError(
+                f"max_tokens={self.max_tokens} is smaller than tokens={max(self.tokens)}; raise"
+                " max_tokens or leave it out"
+            )
+        if self.backend == "host" and "hook" in self.modes:
+            raise ConfigError(
+                "modes=hook needs GPU kernels to overlap with; on backend=host use modes=split"
+            )
+
+    def _check_numbers(self) -> None:
+        for name in ("pairs", "replays", "input_sets", "hidden", "topk"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("ranks", "num_sms"):
+            _at_least(name, getattr(self, name), 0)
+        for value in self.tokens:
+            _at_least("tokens", value, 1)
+        for value in self.experts:
+            _at_least("experts", value, self.topk)
+
+    @property
+    def buffer_tokens(self) -> int:
+        """M of every buffer in the run."""
+        return self.max_tokens or max(SMALLEST_MAX_TOKENS, *self.tokens)
+
+    def wants(self, peer: str) -> bool:
+        """Is `peer` to be measured (or reported absent)?"""
+        return peer in self.peers or "auto" in self.peers
+
+
+def _not_empty(name: str, values: tuple[object, ...]) -> None:
+    if not values:
+        raise ConfigError(f"{name} is empty: give at least one value")
+
+
+def _at_least(name: str, value: object, low: int) -> None:
+    if type(value) is not int or value < low:
+        raise ConfigError(f"{name}={value!r}: it must be an integer of at least {low}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r}: use one of {', '.join(allowed)}")
