@@ -14,7 +14,7 @@ from ep_runtime.config import EpConfig
 SCALE_GROUP = 128
 FP8_MAX = 448.0
 MIN_AMAX = 1e-4
-BF16_HALF_ULP = 2.0**-9  # the largest relative error of one rounding to BF16
+BF16_HALF_ULP = 2.0**-8  # the largest relative error of one rounding to BF16
 FP32_HALF_ULP = 2.0**-24
 
 
@@ -62,8 +62,10 @@ def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[..., H] bf16 -> ([..., H] float8_e4m3fn, [..., H/128] float32), value = q * scale."""
     groups = x.float().unflatten(-1, (-1, SCALE_GROUP))  # type: ignore[no-untyped-call]
     amax = groups.abs().amax(-1, keepdim=True).clamp_min(MIN_AMAX)
-    values = (groups * (FP8_MAX / amax)).to(torch.float8_e4m3fn)
-    return values.flatten(-2), (amax / FP8_MAX).squeeze(-1)
+    # Tensor by tensor: torch divides by (or into) a Python number through a reciprocal.
+    most = torch.full_like(amax, FP8_MAX)
+    values = (groups * (most / amax)).to(torch.float8_e4m3fn)
+    return values.flatten(-2), (amax / most).squeeze(-1)
 
 
 def dequantize_fp8(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -77,10 +79,8 @@ def clean_routes(config: EpConfig, rank_input: RankInput) -> tuple[torch.Tensor,
     Unusable: outside 0 .. E - 1 (other than -1), or an expert that the token named before.
     """
     idx = rank_input.topk_idx[: rank_input.num_real].long().clone()
-    bad = (idx < -1) | (idx >= config.num_experts)
-    for k in range(1, config.topk):
-        repeated = (idx[:, :k] == idx[:, k : k + 1]).any(1) & (idx[:, k] >= 0)
-        bad[:, k] |= repeated
+    named_before = (idx[:, :, None] == idx[:, None, :]).tril(-1).any(-1) & (idx != -1)
+    bad = (idx < -1) | (idx >= config.num_experts) | named_before
     idx[bad] = -1
     return idx, int(bad.sum())
 
