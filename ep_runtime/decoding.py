@@ -17,6 +17,7 @@ from ep_runtime.lm.check import TOLERANCE, check_against_reference
 from ep_runtime.lm.decode import Decoder, DecodeReport, merge_reports
 from ep_runtime.lm.job import DecodeJob, decode_rank
 from ep_runtime.lm.parallel import ep_config
+from ep_runtime.lm.schedule import check_lengths
 from ep_runtime.native import _C
 from ep_runtime.virtual import virtual_ranks
 from ep_runtime.world import World
@@ -95,8 +96,10 @@ def decode(job: DecodeJob, plan: Plan, repeat_eagerly: bool = False) -> DecodeRe
     """Run the job; with job.stream, prompt 0 and its text go to standard output as they come.
 
     repeat_eagerly: run all steps once more without graphs, for their time. Under torchrun every
-    process calls this, and every process gets the whole report.
+    process calls this, and every process gets the whole report. Raises CheckpointError or
+    ShapeError before any rank is started.
     """
+    check_lengths(job.prompts, job.num_tokens, checkpoints.load(job.checkpoint).config.max_context)
     if job.stream and (env.read().rank or 0) == 0:
         sys.stdout.write(job.prompts[0].decode("utf-8", errors="replace"))
         sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""Adapters for inference engines. They build on `Buffer` and `graphs`; the package does without them."""

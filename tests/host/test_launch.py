@@ -1,0 +1,149 @@
+"""The launcher: results by rank, the first failure, and no process left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ep_runtime.errors import ConfigError
+from ep_runtime.launch import RankFailed, launch, run_ranks
+from ep_runtime.world import World
+
+
+def describe(world: World, factor: int) -> tuple[int, int, torch.Tensor, int]:
+    world.barrier()
+    return world.rank, world.num_ranks, torch.full((3,), world.rank * factor), os.getpid()
+
+
+def fail_on_rank_1(world: World) -> None:
+    if world.rank == 1:
+        raise ValueError("a bad apple")
+    time.sleep(600)
+
+
+def die_on_rank_1(world: World) -> str:
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def sleep_long(world: World) -> None:
+    time.sleep(600)
+
+
+def return_what_cannot_be_pickled(world: World) -> object:
+    return lambda: None
+
+
+def test_results_come_by_rank_and_every_rank_is_a_process() -> None:
+    results = launch(describe, 3, 10)
+    assert [r[:2] for r in results] == [(0, 3), (1, 3), (2, 3)]
+    assert [r[2].tolist() for r in results] == [[0] * 3, [10] * 3, [20] * 3]
+    assert len({r[3] for r in results} | {os.getpid()}) == 4
+
+
+def test_the_first_failure_ends_all_ranks() -> None:
+    with pytest.raises(RankFailed, match="rank 1 failed with ValueError: a bad apple") as raised:
+        launch(fail_on_rank_1, 3)
+    assert (raised.value.rank, raised.value.kind) == (1, "ValueError")
+    assert "fail_on_rank_1" in raised.value.trace
+    assert not multiprocessing.active_children()
+
+
+def test_survivors_of_a_killed_rank_report_their_own_end() -> None:
+    outcomes = run_ranks(die_on_rank_1, 2)
+    assert outcomes[0].result == "alive"
+    failure = outcomes[1].failure
+    assert failure is not None
+    assert (failure.kind, "SIGKILL" in failure.text) == ("exit", True)
+
+
+def test_ranks_that_do_not_end_are_ended() -> None:
+    started = time.monotonic()
+    with pytest.raises(RankFailed, match="EP_LAUNCH_TIMEOUT_S"):
+        launch(sleep_long, 2, timeout_s=3)
+    assert time.monotonic() - started < 30
+    assert not multiprocessing.active_children()
+
+
+def test_a_result_that_cannot_be_sent_is_a_failure() -> None:
+    with pytest.raises(RankFailed, match="rank 0 failed with"):
+        launch(return_what_cannot_be_pickled, 1)
+
+
+def test_no_ranks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        launch(describe, 0, 1)
+
+
+PARENT = """
+import os, time
+from ep_runtime.launch import launch
+def work(world, path):
+    open(f"{path}/{os.getpid()}", "w").close()
+    time.sleep(600)
+if __name__ == "__main__":
+    launch(work, 2, PATH)
+"""
+
+
+def test_ranks_end_with_a_killed_parent(tmp_path: Path) -> None:
+    script, pids = tmp_path / "parent.py", tmp_path / "pids"
+    pids.mkdir()
+    script.write_text(PARENT.replace("PATH", repr(str(pids))))
+    parent = subprocess.Popen([sys.executable, str(script)])
+    wait_until(lambda: len(list(pids.iterdir())) == 2)
+    ranks = [int(file.name) for file in pids.iterdir()]
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(is_running(pid) for pid in ranks))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until(condition, limit_s: float = 60.0) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {limit_s:g} s"
+        time.sleep(0.05)
+
+
+JOB = """
+from ep_runtime.launch import launch
+from ep_runtime.errors import ConfigError
+def work(world, word):
+    world.barrier()
+    return (world.rank, word)
+results = launch(work, 2, "hi")
+try:
+    launch(work, 3, "hi")
+except ConfigError as error:
+    assert "WORLD_SIZE=2" in str(error)
+    print("OK", results, flush=True)
+"""
+
+
+def test_under_torchrun_this_process_is_its_rank(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(script)], capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "OK [(0, 'hi')]" in done.stdout
+    assert "OK [(1, 'hi')]" in done.stdout
