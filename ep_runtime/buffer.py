@@ -13,7 +13,7 @@ from ep_runtime.handles import Handle, Received
 from ep_runtime.memory import RankMemory
 from ep_runtime.order import SendOrder
 from ep_runtime.pending import Pending
-from ep_runtime.rank import Rank
+from ep_runtime.rank import OpKind, OpRecord, Rank
 from ep_runtime.world import World
 
 
@@ -82,12 +82,14 @@ class Buffer(Rank):
         self.check()
         stride = self._check_dispatch(x, topk_idx, topk_weights, chain, num_tokens, expected_tokens)
         self._claim("dispatch", chain)
+        self._tell("dispatch_send", chain)
         self._ops.dispatch_send(chain, x, stride, topk_idx, topk_weights, num_tokens)
         if self._order is not None:
             self._order.sent(self.rank, chain)
         handle = Handle(self._identity, chain, x.shape[0], num_tokens, expected_tokens or 0)
 
         def finish(pending: Pending[Received]) -> Received:
+            self._tell("dispatch_recv", chain)
             self._before_wait(pending)
             inbox = self._inboxes[chain]
             self._ops.dispatch_recv(chain, inbox.target, handle.expected_tokens)
@@ -115,11 +117,13 @@ class Buffer(Rank):
         chain = handle.chain
         self._claim("combine", chain)
         result = self._out(handle) if out is None else out
+        self._tell("combine_send", chain)
         self._ops.combine_send(chain, y, stride, handle.expected_tokens)
         if self._order is not None:
             self._order.sent(self.rank, chain)
 
         def finish(pending: Pending[torch.Tensor]) -> torch.Tensor:
+            self._tell("combine_recv", chain)
             self._before_wait(pending)
             self._ops.combine_recv(chain, result, handle.num_tokens)
             self._after_host_wait()
@@ -150,6 +154,7 @@ class Buffer(Rank):
         self._claim("dispatch_fused", chain)
         inbox = self._inboxes[chain]
         handle = Handle(self._identity, chain, x.shape[0], num_tokens, expected_tokens or 0)
+        self._tell("dispatch_fused", chain)
         self._ops.dispatch_fused(
             chain,
             x,
@@ -172,6 +177,7 @@ class Buffer(Rank):
         stride = self._check_combine(y, handle, out)
         self._claim("combine_fused", handle.chain)
         result = self._out(handle) if out is None else out
+        self._tell("combine_fused", handle.chain)
         self._ops.combine_fused(
             handle.chain, y, stride, result, handle.num_tokens, handle.expected_tokens
         )
@@ -193,6 +199,11 @@ class Buffer(Rank):
                 f"{op} on chain {chain}: its last {unfinished.op} was not waited for; call wait()"
                 " on what it returned, use another chain, or reset() on every rank to drop it"
             )
+
+    def _tell(self, kind: OpKind, chain: int) -> None:
+        """Let the recorder of a capture know what is launched next."""
+        if self.recorder is not None:
+            self.recorder(OpRecord(chain, kind))
 
     def _before_wait(self, pending: Pending[Received] | Pending[torch.Tensor]) -> None:
         if self._order is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Literal, NoReturn, TypeVar, cast
 
@@ -28,6 +28,22 @@ MAX_BUDGET_S = 86400.0
 CLOSE_TIMEOUT_S = 10.0  # how long close() waits for peers before it keeps what they may write to
 
 R = TypeVar("R", bound="Rank")
+OpKind = Literal[
+    "dispatch_send",
+    "dispatch_recv",
+    "dispatch_fused",
+    "combine_send",
+    "combine_recv",
+    "combine_fused",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class OpRecord:
+    """One launch of one operation, as a recorder is told of it."""
+
+    chain: int
+    kind: OpKind
 
 
 class _Closed:
@@ -74,6 +90,8 @@ class Rank:
         self._open: list[Pending[Received] | Pending[torch.Tensor] | None]
         self._open = [None] * config.num_chains
         self._routing_told = 0
+        # Told of every operation before it is launched; what it raises keeps it from being.
+        self.recorder: Callable[[OpRecord], None] | None = None
         self._read_fault: Callable[[int], _C.Fault | None] = _C.read_fault
         self._read_routing: Callable[[int], _C.Fault | None] = _C.read_routing_fault
         self._ops.synchronize()

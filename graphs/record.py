@@ -6,14 +6,12 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ep_runtime.buffer import Buffer
 from ep_runtime.errors import CaptureError
 from ep_runtime.graphs.audit import Region, audit_operations
 from ep_runtime.graphs.staging import Tensors
-
-if TYPE_CHECKING:
-    from ep_runtime.buffer import Buffer, OpRecord
+from ep_runtime.rank import OpRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,8 @@ def test_resets_join_where_a_kernel_starts_by_full_edges() -> None:
 @pytest.mark.parametrize(
     ("symbol", "name"),
     [
-        ("_ZN2ep13dispatch_sendENS_4ArgsE", "ep::dispatch_send"),
+        ("_ZN2ep20dispatch_send_kernelENS_16DispatchSendArgsE", "ep::dispatch_send_kernel"),
+        ("_ZN2ep19combine_recv_kernelILi2EEEvNS_15CombineRecvArgsE", "ep::combine_recv_kernel"),
         ("_ZN2ep4cuda13dispatch_recvILi4EEEvNS_5ShapeE", "ep::cuda::dispatch_recv"),
         ("_ZN2ep50_GLOBAL__N__0123456789012345678901234567890123456789"[:60], None),
         ("_ZN2ep12_GLOBAL__N_14sendEv", "ep::send"),
