@@ -30,7 +30,8 @@ bool is_initialized() {
     return status >= NVSHMEM_STATUS_IS_INITIALIZED && status < NVSHMEM_STATUS_INVALID;
 }
 
-// NVSHMEM ends the process when its heap is used before init, so every such call comes through here.
+// NVSHMEM ends the process when its heap is used before init, so every such call comes through
+// here.
 void require_initialized(const char* call) {
     if (is_initialized()) return;
     fail(std::string(call) + " needs NVSHMEM initialized (init_status is " +
@@ -56,15 +57,17 @@ void init(int rank, int num_ranks, const std::string& unique_id, int device) {
              "pass what get_unique_id() returned on rank 0");
     }
     if (num_ranks < 1 || rank < 0 || rank >= num_ranks) {
-        fail("rank " + std::to_string(rank) + " of " + std::to_string(num_ranks) + " is out of range",
+        fail("rank " + std::to_string(rank) + " of " + std::to_string(num_ranks) +
+                 " is out of range",
              "pass 0 <= rank < num_ranks");
     }
     std::memcpy(&id, unique_id.data(), sizeof(id));
     py::gil_scoped_release unlocked;
-    const cudaError_t cuda = cudaSetDevice(device);  // before init: NVSHMEM takes the current device
+    const cudaError_t cuda =
+        cudaSetDevice(device);  // before init: NVSHMEM takes the current device
     if (cuda != cudaSuccess) {
-        fail("cudaSetDevice(" + std::to_string(device) + ") returned " + std::to_string(cuda) + " (" +
-                 cudaGetErrorString(cuda) + ")",
+        fail("cudaSetDevice(" + std::to_string(device) + ") returned " + std::to_string(cuda) +
+                 " (" + cudaGetErrorString(cuda) + ")",
              "choose a device that `ep-runtime doctor` lists");
     }
     nvshmemx_init_attr_t attributes = NVSHMEMX_INIT_ATTR_INITIALIZER;
@@ -142,7 +145,6 @@ PYBIND11_MODULE(_nvshmem, m) {
     m.def("finalize", &finalize);
     m.def("version", &version);
     m.def("init_status", [] { return nvshmemx_init_status(); });
-    m.attr("built_against") =
-        py::make_tuple(NVSHMEM_VENDOR_MAJOR_VERSION, NVSHMEM_VENDOR_MINOR_VERSION,
-                       NVSHMEM_VENDOR_PATCH_VERSION);
+    m.attr("built_against") = py::make_tuple(
+        NVSHMEM_VENDOR_MAJOR_VERSION, NVSHMEM_VENDOR_MINOR_VERSION, NVSHMEM_VENDOR_PATCH_VERSION);
 }
