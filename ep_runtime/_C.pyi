@@ -60,7 +60,8 @@ class Shape:
 
 def layout(shape: Shape) -> dict[str, int]:
     """Bytes and offsets: heap_bytes, local_bytes, message_bytes, message_lines, message_stride,
-    combine_stride, counts_stride, stats_offset, stats_stride, stats_bytes (per chain, local memory)."""
+    combine_stride, counts_stride, stats_offset, stats_stride, stats_bytes (per chain, local
+    memory)."""
 
 def fault_bytes() -> int: ...
 def read_fault(address: int) -> Fault | None:
@@ -114,13 +115,13 @@ class HostRank:
         """(dispatched, combined) epochs."""
 
     def reset(self) -> None:
-        """Zero this rank's heap and local memory (not the fault records). Ranks meet before and after."""
+        """Zero this rank's heap and local memory, not the fault records. Ranks meet before, after."""
 
 class CudaRank:
     """A GPU rank. Every operation only launches kernels on `stream` (a cudaStream_t as an int).
 
-    num_sms 0: all SMs. expected_tokens: most tokens any rank sends now (sizes the grid; any value is
-    correct), 0: max_tokens. pdl: programmatic dependent launch.
+    num_sms 0: all SMs. expected_tokens: most tokens any rank sends now (sizes the grid; any value
+    is correct), 0: max_tokens. pdl: programmatic dependent launch.
     """
 
     def __init__(
@@ -184,7 +185,8 @@ class CudaRank:
         """Synchronises the device copy; not for captured code."""
 
     def read_stats(self, chain: int) -> dict[str, int]:
-        """Synchronises. messages_sent, messages_received, rows_received, bytes_dispatched, bytes_combined."""
+        """Synchronises. messages_sent, messages_received, rows_received, bytes_dispatched,
+        bytes_combined."""
 
     def read_state(self, chain: int) -> tuple[int, int]: ...
     def reset(self) -> None: ...

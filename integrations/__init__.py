@@ -1,1 +1,1 @@
-"""Adapters for inference engines. They build on `Buffer` and `graphs`; the package does without them."""
+"""Adapters for inference engines, built on `Buffer` and `graphs`; nothing here needs them."""
