@@ -345,9 +345,9 @@ class Driver:
                 start = epochs[chain]
                 assert buffer.epochs(chain) == (start[0] + pairs, start[1] + pairs)
 
-    def replays(self) -> int:
-        """Graphs launched so far."""
-        return sum(report.replays for graphs in self._graphs.values() for report in graphs.report())
+    def replays(self) -> list[int]:
+        """Launches of every graph so far."""
+        return [r.replays for graphs in self._graphs.values() for r in graphs.report()]
 
 
 def _scaled(use: Use, rank: int, suffix: str) -> Tensors:

@@ -26,7 +26,7 @@ def walk_virtual(num_ranks: int, dispatch_format: DispatchFormat, devices: list[
     driver = Driver(buffers, BUCKETS, seed=num_ranks, mixed=mixed)
     assert driver.run(OPERATIONS) >= OPERATIONS
     driver.require_all_right()
-    assert driver.replays() >= OPERATIONS // 5
+    assert sum(driver.replays()) >= OPERATIONS // 5
     for buffer in buffers:
         buffer.close()
 
@@ -44,7 +44,7 @@ def test_virtual_ranks_on_two_gpus() -> None:
     walk_virtual(4, "fp8", [0, 1])
 
 
-def walk(world: World, dispatch_format: DispatchFormat) -> int:
+def walk(world: World, dispatch_format: DispatchFormat) -> list[int]:
     with Buffer(config(dispatch_format), world, backend="cuda") as buffer:
         driver = Driver([buffer], BUCKETS, seed=7)
         assert driver.run(OPERATIONS) >= OPERATIONS
@@ -60,5 +60,5 @@ def test_processes_that_choose_graphs_and_buckets_on_their_own(
     dispatch_format: DispatchFormat,
 ) -> None:
     replays = launch(walk, 2, dispatch_format, gpu_per_rank=True, timeout_s=110)
-    assert min(replays) >= OPERATIONS // 5
+    assert min(sum(mine) for mine in replays) >= OPERATIONS // 5
     assert replays[0] != replays[1]  # the same operations, made in different ways

@@ -283,6 +283,7 @@ def test_mixed_sizes_must_be_buckets(layer: Layer) -> None:
 
 def one_rank(world: World, counts: list[int], warmups: list[int]) -> list[int]:
     """A process of a group: plain dicts and numbers instead of lists."""
+    torch.set_num_threads(1)
     with Buffer(CONFIG, world, backend="host") as buffer:
         layer = Layer([buffer])
 
