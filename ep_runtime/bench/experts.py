@@ -1,9 +1,8 @@
 """Stand-in experts that betray every misrouted row, and the exact answer to compare with.
 
-Expert e multiplies a row by `gain[e]`, one factor per 128 channels: it is loud (4) where
-`group % num_groups == e % num_groups` and soft (1) elsewhere. A row that reached the wrong expert,
-or met the wrong weight, is then far off in some group of 128 channels, while a right one is off by
-rounding alone. All factors are positive, so nothing cancels.
+Expert e multiplies a row by `gain[e]`, one random factor from 1 to 4 per 128 channels. A row that
+reached the wrong expert, or met the wrong weight, is then far off in some group of 128 channels,
+while a right one is off by rounding alone. All factors are positive, so nothing cancels.
 """
 
 from __future__ import annotations
@@ -13,15 +12,13 @@ import torch
 from ep_runtime.bench.routing import Inputs
 from ep_runtime.reference import SCALE_GROUP, quantize_fp8
 
-LOUD = 4.0
+GAIN_SEED = 20
 
 
 def gains(num_experts: int, hidden: int) -> torch.Tensor:
-    """gain [E, H / 128] float32."""
-    groups = torch.arange(hidden // SCALE_GROUP)
-    experts = torch.arange(num_experts).unsqueeze(1)
-    loud = groups == experts % len(groups)
-    return torch.where(loud, LOUD, 1.0)
+    """gain [E, H / 128] float32, the same on every rank."""
+    generator = torch.Generator().manual_seed(GAIN_SEED)
+    return 1.0 + 3.0 * torch.rand(num_experts, hidden // SCALE_GROUP, generator=generator)
 
 
 def dequantise(values: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:

@@ -30,14 +30,22 @@ def describe(device: torch.device, command: str, commit: str | None, environment
 
 def git_commit() -> str:
     """The checkout's commit, "-dirty" behind it if tracked files differ; else "unknown"."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    command += ["--exclude=*"]  # a hash, whatever tags there are
+    here = Path(__file__).resolve()
+    if not _git(here.parent, "ls-files", here.name):  # installed inside someone else's checkout
+        return "unknown"
+    # A hash, whatever tags there are.
+    describe = ("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return _git(here.parent, *describe) or "unknown"
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    """What git prints, or "" where it fails."""
+    command = ["git", "-C", str(directory), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def slug(text: str) -> str:

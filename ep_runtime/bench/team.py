@@ -65,7 +65,11 @@ class Team:
         except EpError as error:
             raise TeamLostError(str(error)) from error
         answers = [json.loads(text) for text in texts]
-        for rank, answer in enumerate(answers):
-            if "failed" in answer:
-                raise StageError(f"rank {rank} failed at {answer['failed']}")
+        failed = [
+            f"rank {rank} failed at {answer['failed']}"
+            for rank, answer in enumerate(answers)
+            if "failed" in answer
+        ]
+        if failed:  # all of them: a rank that waited in vain is not the one to blame
+            raise StageError("; ".join(failed))
         return [answer["value"] for answer in answers]

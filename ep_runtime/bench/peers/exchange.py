@@ -140,7 +140,10 @@ class AllToAll:
         self.received = memory.received[: sum(self._got)]
         self.reduced = memory.reduced[: sum(self._got)]
         self.returned = memory.returned[: sum(self._sent)]
-        self.output = memory.output[: sizes.tokens_of(rank)]
+        # Of its own: what one input set left must outlast the others.
+        self.output = torch.empty(
+            sizes.tokens_of(rank), sizes.hidden, dtype=torch.bfloat16, device=problem.device
+        )
         self.place: torch.Tensor | None = self.slots
 
     def forward(self) -> None:
