@@ -139,8 +139,15 @@ class DecodeGraphs(Generic[D, N]):
         self._launch(entry)
         return self._cut(entry.graph.outputs, entry.sizes, counts)
 
+    def load(self, inputs: D | None, num_tokens: N) -> None:
+        """Copy the inputs in and set the device scalars, as `replay` does, without a launch."""
+        self._load(inputs, self._counts(num_tokens))
+
     def replay_bucket(self, bucket: int | Sizes) -> D:
-        """Launch one graph on what the static inputs and scalars hold; its whole outputs."""
+        """Launch one graph on what was loaded last; its whole outputs, padding rows included.
+
+        The bucket may be larger than needed, not smaller.
+        """
         entry = self._entry(bucket)
         self._launch(entry)
         return self._shape(entry.graph.outputs)

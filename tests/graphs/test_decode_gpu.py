@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from any_order import Steps
 from cases import RankCase, beyond_one_ulp, draw_case
+from steps import Step, Steps, Tensors
 
 from ep_runtime import Buffer, CaptureError, EpConfig, PeerTimeout, virtual_ranks
 from ep_runtime.graphs import DecodeGraphs, driver
@@ -17,8 +17,6 @@ from ep_runtime.graphs import nodes as gn
 
 pytestmark = pytest.mark.gpu
 
-Tensors = dict[str, torch.Tensor]
-Step = Callable[[list[Tensors], Sequence[torch.Tensor | None]], list[Tensors]]
 RANKS = 2
 CONFIG = EpConfig(num_experts=8, topk=2, hidden=256, max_tokens=8)
 

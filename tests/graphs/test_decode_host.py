@@ -2,65 +2,22 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from cases import beyond_one_ulp, draw_case, expert_factors, run_experts
+from layer import CONFIG, Layer, empty_inputs, random_step, require_right
+from steps import Tensors
 
-from ep_runtime import Buffer, CaptureError, EpConfig, ShapeError, World, virtual_ranks
+from ep_runtime import Buffer, CaptureError, ShapeError, virtual_ranks
 from ep_runtime.graphs import Buckets, DecodeGraphs
-from ep_runtime.launch import run_ranks
 
-Tensors = dict[str, torch.Tensor]
 RANKS = 3
-CONFIG = EpConfig(num_experts=6, topk=2, hidden=128, max_tokens=8)
-
-
-class Layer:
-    """Dispatch, experts, combine on all ranks; counts how often it ran."""
-
-    def __init__(self, buffers: Sequence[Buffer]) -> None:
-        self.buffers = list(buffers)
-        self.factors = expert_factors(buffers[0].config).view(buffers[0].num_ranks, -1)
-        self.runs = 0
-        self.chain = 0
-
-    def __call__(
-        self, inputs: list[Tensors], num_tokens: Sequence[torch.Tensor | None]
-    ) -> list[Tensors]:
-        self.runs += 1
-        sent = [
-            b.dispatch(i["x"], i["idx"], i["weights"], chain=self.chain, num_tokens=n)
-            for b, i, n in zip(self.buffers, inputs, num_tokens, strict=True)
-        ]
-        received = [pending.wait() for pending in sent]
-        back = [
-            b.combine(run_experts(r.x, r.scales, self.factors[b.rank]), r.handle)
-            for b, r in zip(self.buffers, received, strict=True)
-        ]
-        return [{"out": pending.wait()} for pending in back]
-
-
-def empty_inputs(rows: int) -> Tensors:
-    return {
-        "x": torch.zeros((rows, CONFIG.hidden), dtype=torch.bfloat16),
-        "idx": torch.full((rows, CONFIG.topk), -1),
-        "weights": torch.zeros((rows, CONFIG.topk)),
-    }
 
 
 def group_inputs(rows: int) -> list[Tensors]:
     return [empty_inputs(rows) for _ in range(RANKS)]
-
-
-def random_step(counts: tuple[int, ...]) -> tuple[list[Tensors], list[torch.Tensor]]:
-    """Inputs of all ranks and what must come home."""
-    case = draw_case(CONFIG, counts, random.randrange(1 << 40))
-    inputs = [{"x": r.x, "idx": r.topk_idx, "weights": r.topk_weights} for r in case]
-    return inputs, [r.out for r in case]
 
 
 @pytest.fixture
@@ -78,12 +35,6 @@ def layer(buffers: list[Buffer]) -> Layer:
 
 def capture(layer: Layer, **options: Any) -> DecodeGraphs[list[Tensors], Sequence[int]]:
     return DecodeGraphs(layer.buffers, layer, group_inputs, (2, 4, 8), **options)
-
-
-def require_right(outputs: list[Tensors], wanted: list[torch.Tensor]) -> None:
-    for found, expected in zip(outputs, wanted, strict=True):
-        assert found["out"].shape == expected.shape
-        assert beyond_one_ulp(found["out"], expected) == 0
 
 
 @pytest.mark.parametrize("counts", [(0, 0, 0), (1, 2, 0), (4, 3, 4), (8, 0, 1), (8, 8, 8)])
@@ -126,6 +77,17 @@ def test_inputs_may_be_filled_in_place(layer: Layer) -> None:
         for name, tensor in fresh.items():
             static[name][: tensor.shape[0]] = tensor
     require_right(graphs.replay(None, (2, 1, 2)), wanted)
+
+
+def test_a_larger_bucket_than_needed_gives_the_same(layer: Layer) -> None:
+    graphs = capture(layer)
+    inputs, wanted = random_step((1, 2, 0))
+    graphs.load(inputs, (1, 2, 0))
+    for bucket in (8, 2, 4):
+        whole = graphs.replay_bucket(bucket)
+        assert [rank["out"].shape[0] for rank in whole] == [bucket] * RANKS
+        real = [{"out": r["out"][: w.shape[0]]} for r, w in zip(whole, wanted, strict=True)]
+        require_right(real, wanted)
 
 
 def test_buckets_share_their_inputs_and_keep_their_outputs(layer: Layer) -> None:
@@ -279,37 +241,3 @@ def test_a_bucket_that_was_not_captured_is_named(layer: Layer) -> None:
 def test_mixed_sizes_must_be_buckets(layer: Layer) -> None:
     with pytest.raises(ShapeError, match=r"mixed sizes \(2, 3, 2\)"):
         capture(layer, mixed=[(2, 3, 2)])
-
-
-def one_rank(world: World, counts: list[int], warmups: list[int]) -> list[int]:
-    """A process of a group: plain dicts and numbers instead of lists."""
-    torch.set_num_threads(1)
-    with Buffer(CONFIG, world, backend="host") as buffer:
-        layer = Layer([buffer])
-
-        def step(inputs: Tensors, num_tokens: torch.Tensor) -> Tensors:
-            return layer([inputs], [num_tokens])[0]
-
-        graphs = DecodeGraphs(buffer, step, empty_inputs, (2, 8), warmup=warmups[world.rank])
-        random.seed(5)
-        for _ in range(4):
-            inputs, wanted = random_step(tuple(counts))
-            mine = graphs.replay(inputs[world.rank], counts[world.rank])
-            require_right([mine], [wanted[world.rank]])
-        return [report.replays for report in graphs.report()]
-
-
-@pytest.mark.slow
-def test_processes_replay_each_its_own_bucket() -> None:
-    outcomes = run_ranks(one_rank, 3, [1, 7, 0], [1, 1, 1], timeout_s=60)
-    assert [outcome.failure for outcome in outcomes] == [None, None, None]
-    assert [outcome.result for outcome in outcomes] == [[4, 0], [0, 4], [4, 0]]
-
-
-@pytest.mark.slow
-def test_ranks_that_would_warm_up_unequally_all_refuse() -> None:
-    outcomes = run_ranks(one_rank, 2, [1, 1], [1, 2], timeout_s=60)
-    for outcome in outcomes:
-        assert outcome.failure is not None
-        assert outcome.failure.kind == "CaptureError"
-        assert "give every rank as many buckets" in str(outcome.failure)
