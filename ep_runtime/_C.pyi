@@ -115,7 +115,7 @@ class HostRank:
         """(dispatched, combined) epochs."""
 
     def reset(self) -> None:
-        """Zero this rank's heap and local memory, not the fault records. Ranks meet before, after."""
+        """Zero this rank's heap and local memory, not the faults. Ranks meet before and after."""
 
 class CudaRank:
     """A GPU rank. Every operation only launches kernels on `stream` (a cudaStream_t as an int).
