@@ -203,8 +203,8 @@ class _Run:
             }
             for _ in decoder.buffers
         ]
-        # A CUDA graph's reset nodes zero the statistics at the start of every replay.
-        self._reset_by_graph = on_gpu and not eager
+        # A graph's reset nodes zero the statistics at the start of every replay.
+        self._reset_by_graph = not eager
         self._seen = self._traffic()
         self.bytes_dispatched = 0
         self.bytes_combined = 0

@@ -6,9 +6,10 @@ the weighted results home. A layer is a generator that yields what it waits for,
 can let one micro-batch compute while the other's rows are under way, on one rank or on many
 virtual ones.
 
-Numbers: the residual, attention, router and shared expert are float32 (from bf16 weights); rows on
-the wire and the routed experts' matrices are bf16 (fp8 on the wire if so configured), and the
-combine adds in float32 in an order that does not depend on timing.
+Numbers: the residual, attention, router and shared expert are float32 (from bf16 weights). Rows on
+the wire are bf16, or fp8 if so configured. Routed experts multiply in bf16 with float32 sums on a
+GPU and in float32 on a CPU, where bf16 matrices are slow; their results are bf16 again, and the
+combine adds them in float32 in an order that does not depend on timing.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def ep_config(
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer on one rank. The experts are this rank's [L, ...] in bf16, the rest is float32."""
+    """One layer on one rank: the rank's own experts in the dtype they multiply in, the rest in
+    float32."""
 
     attention_norm: Tensor  # [H]
     qkv: Tensor  # [3H, H]
@@ -107,8 +109,9 @@ class RankModel:
 
     def _layer(self, prefix: str) -> LayerWeights:
         mine = self.buffer.local_experts
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         shards = {
-            name: self._names[prefix + name][mine.start : mine.stop].contiguous()
+            name: self._names[prefix + name][mine.start : mine.stop].to(dtype).contiguous()
             for name in ("gate_up", "down")
         }
         whole = {
@@ -240,9 +243,9 @@ def run_experts(received: Received, gate_up: Tensor, down: Tensor) -> Tensor:
     x = received.x
     if received.scales is not None:  # fp8: value = x * scale, one scale per 128 channels
         groups = x.float().view(*received.scales.shape, -1)
-        x = (groups * received.scales[..., None]).flatten(-2).bfloat16()
-    inner = swiglu(torch.bmm(x, gate_up.transpose(1, 2)).float()).bfloat16()
-    return torch.bmm(inner, down.transpose(1, 2))
+        x = (groups * received.scales[..., None]).flatten(-2)
+    inner = swiglu(torch.bmm(x.to(gate_up.dtype), gate_up.transpose(1, 2)).float())
+    return torch.bmm(inner.to(down.dtype), down.transpose(1, 2)).bfloat16()
 
 
 def _check_group(model: LmConfig, group: EpConfig) -> None:

@@ -126,6 +126,8 @@ def test_eager_equals_replayed() -> None:
         replayed = decoder.run(PROMPTS, 6, keep_logits=True)
         eager = decoder.run(PROMPTS, 6, keep_logits=True, eager=True)
     assert replayed.texts == eager.texts
+    assert replayed.bytes_dispatched == eager.bytes_dispatched
+    assert replayed.bytes_combined == eager.bytes_combined
     for a, b in zip(replayed.sequences, eager.sequences, strict=True):
         assert a.logits is not None
         assert b.logits is not None
