@@ -12,19 +12,50 @@ namespace {
 
 constexpr int kInFlight = 2;  // ranks whose rows a combine waits for at once
 
-struct KernelInfo {
-    const char* name;
-    const void* function;
+// Dispatch kernels by wire format and by row vectors of a thread (1, 2 or 4: hidden up to 4096,
+// 8192, 16384).
+using SendKernel = void (*)(DispatchSendArgs);
+using FusedKernel = void (*)(DispatchFusedArgs);
+constexpr Wire kB = Wire::kBf16;
+constexpr Wire kF = Wire::kFp8;
+const SendKernel kSendKernels[2][3] = {
+    {dispatch_send_kernel<kB, 1>, dispatch_send_kernel<kB, 2>, dispatch_send_kernel<kB, 4>},
+    {dispatch_send_kernel<kF, 1>, dispatch_send_kernel<kF, 2>, dispatch_send_kernel<kF, 4>},
+};
+const FusedKernel kFusedKernels[2][3] = {
+    {dispatch_fused_kernel<kB, 1>, dispatch_fused_kernel<kB, 2>, dispatch_fused_kernel<kB, 4>},
+    {dispatch_fused_kernel<kF, 1>, dispatch_fused_kernel<kF, 2>, dispatch_fused_kernel<kF, 4>},
 };
 
-const KernelInfo kKernels[] = {
-    {"dispatch_send", reinterpret_cast<const void*>(&dispatch_send_kernel)},
-    {"dispatch_recv", reinterpret_cast<const void*>(&dispatch_recv_kernel)},
-    {"dispatch_fused", reinterpret_cast<const void*>(&dispatch_fused_kernel)},
-    {"combine_send", reinterpret_cast<const void*>(&combine_send_kernel)},
-    {"combine_recv", reinterpret_cast<const void*>(&combine_recv_kernel<kInFlight>)},
-    {"combine_fused", reinterpret_cast<const void*>(&combine_fused_kernel<kInFlight>)},
-};
+int width_class(int hidden) {
+    const int vectors = static_cast<int>(ceil_div(hidden / 8, kThreads));
+    return vectors <= 1 ? 0 : vectors <= 2 ? 1 : 2;
+}
+
+template <class Kernel>
+Kernel pick(const Kernel (&table)[2][3], const Shape& shape) {
+    return table[static_cast<int>(shape.wire)][width_class(shape.hidden)];
+}
+
+const void* kernel_of(int kernel, const Shape& shape) {
+    switch (kernel) {
+        case 0:
+            return reinterpret_cast<const void*>(pick(kSendKernels, shape));
+        case 1:
+            return reinterpret_cast<const void*>(&dispatch_recv_kernel);
+        case 2:
+            return reinterpret_cast<const void*>(pick(kFusedKernels, shape));
+        case 3:
+            return reinterpret_cast<const void*>(&combine_send_kernel);
+        case 4:
+            return reinterpret_cast<const void*>(&combine_recv_kernel<kInFlight>);
+        default:
+            return reinterpret_cast<const void*>(&combine_fused_kernel<kInFlight>);
+    }
+}
+
+constexpr const char* kKernelNames[] = {"dispatch_send", "dispatch_recv", "dispatch_fused",
+                                        "combine_send",  "combine_recv",  "combine_fused"};
 
 struct Launch {
     int grid;
@@ -81,8 +112,9 @@ CudaRank::CudaRank(const Shape& shape, int rank, const std::vector<std::uintptr_
     for (int r = 0; r < shape.num_ranks; ++r) ctx_.heap[r] = reinterpret_cast<uint8_t*>(heaps[r]);
 
     const DeviceGuard guard(options.device);
-    const int64_t send = SendScratch::bytes(ctx_);
-    const int64_t recv = RecvScratch::bytes(ctx_);
+    for (int c = 0; c < shape.num_chains; ++c) views_.push_back(View::make(ctx_, c));
+    const int64_t send = SendScratch::bytes(views_[0]);
+    const int64_t recv = RecvScratch::bytes(views_[0]);
     scratch_ = {send, recv, std::max(send, recv), 0, 0, 0};
     int num_sms = 0;
     EP_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, options.device));
@@ -91,9 +123,9 @@ CudaRank::CudaRank(const Shape& shape, int rank, const std::vector<std::uintptr_
         int per_sm = 0;
         cudaFuncAttributes
             loaded{};  // asking for it loads the kernel: no lazy load while a peer spins
-        EP_CUDA(cudaFuncGetAttributes(&loaded, kKernels[k].function));
+        EP_CUDA(cudaFuncGetAttributes(&loaded, kernel_of(k, shape)));
         EP_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-            &per_sm, kKernels[k].function, kThreads, static_cast<size_t>(scratch_[k])));
+            &per_sm, kernel_of(k, shape), kThreads, static_cast<size_t>(scratch_[k])));
         resident_[k] = std::max(1, per_sm * num_sms);
     }
 }
@@ -102,13 +134,24 @@ int CudaRank::expected_tokens(int expected) const {
     return expected > 0 ? std::min(expected, ctx_.shape.max_tokens) : ctx_.shape.max_tokens;
 }
 
-int CudaRank::combine_parts() const { return RowParts::make(ctx_, kThreads).parts; }
+int CudaRank::combine_parts() const { return views_[0].parts; }
+
+// CTA 0 announces, the others send a stretch of tokens each.
+static int stretch_of(int num_tokens, int grid) {
+    return static_cast<int>(std::max<int64_t>(1, ceil_div(num_tokens, grid - 1)));
+}
+
+const View& CudaRank::view(int chain) const {
+    if (chain < 0 || chain >= ctx_.shape.num_chains) throw std::invalid_argument("no such chain");
+    return views_[static_cast<size_t>(chain)];
+}
 
 void CudaRank::dispatch_send(int chain, const SendInput& in, StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
-    const int grid = 1 + std::min(in.num_tokens, std::max(1, resident_[kDispatchSend] - 1));
-    launch(dispatch_send_kernel, {grid, scratch_[kDispatchSend], stream, options_.pdl},
-           DispatchSendArgs{.chain = chain, .in = in, .ctx = ctx_});
+    const int grid = 1 + grid_for(in.num_tokens, resident_[kDispatchSend] - 1);
+    launch(pick(kSendKernels, ctx_.shape), {grid, scratch_[kDispatchSend], stream, options_.pdl},
+           DispatchSendArgs{
+               .in = in, .stretch = stretch_of(in.num_tokens, grid), .view = view(chain)});
 }
 
 void CudaRank::dispatch_recv(int chain, const RecvTarget& target, int expected,
@@ -117,7 +160,7 @@ void CudaRank::dispatch_recv(int chain, const RecvTarget& target, int expected,
     const int64_t messages = static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected);
     const int grid = grid_for(messages, resident_[kDispatchRecv]);
     launch(dispatch_recv_kernel, {grid, scratch_[kDispatchRecv], stream, options_.pdl},
-           DispatchRecvArgs{.chain = chain, .target = target, .ctx = ctx_});
+           DispatchRecvArgs{.target = target, .view = view(chain)});
 }
 
 void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& target,
@@ -128,8 +171,11 @@ void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& 
         std::max<int64_t>({2, messages, 1 + static_cast<int64_t>(in.num_tokens)});
     const int grid = grid_for(wanted, resident_[kDispatchFused]);
     if (grid < 2) throw CudaFailure("dispatch_fused needs two resident CTAs; allow more SMs");
-    launch(dispatch_fused_kernel, {grid, scratch_[kDispatchFused], stream, options_.pdl},
-           DispatchFusedArgs{.chain = chain, .in = in, .target = target, .ctx = ctx_});
+    launch(pick(kFusedKernels, ctx_.shape), {grid, scratch_[kDispatchFused], stream, options_.pdl},
+           DispatchFusedArgs{.in = in,
+                             .stretch = stretch_of(in.num_tokens, grid),
+                             .target = target,
+                             .view = view(chain)});
 }
 
 void CudaRank::combine_send(int chain, const uint16_t* y, int64_t row_stride, int expected,
@@ -139,10 +185,7 @@ void CudaRank::combine_send(int chain, const uint16_t* y, int64_t row_stride, in
         static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected) * combine_parts();
     const int grid = grid_for(items, resident_[kCombineSend]);
     launch(combine_send_kernel, {grid, scratch_[kCombineSend], stream, options_.pdl},
-           CombineSendArgs{.chain = chain,
-                           .in = {y, row_stride},
-                           .parts = RowParts::make(ctx_, kThreads),
-                           .ctx = ctx_});
+           CombineSendArgs{.in = {y, row_stride}, .view = view(chain)});
 }
 
 void CudaRank::combine_recv(int chain, uint16_t* out, int num_tokens, const int32_t* num_valid,
@@ -151,25 +194,19 @@ void CudaRank::combine_recv(int chain, uint16_t* out, int num_tokens, const int3
     const int64_t items = static_cast<int64_t>(num_tokens) * combine_parts();
     const int grid = grid_for(items, resident_[kCombineRecv]);
     launch(combine_recv_kernel<kInFlight>, {grid, scratch_[kCombineRecv], stream, options_.pdl},
-           CombineRecvArgs{.chain = chain,
-                           .out = {out, num_tokens, num_valid},
-                           .parts = RowParts::make(ctx_, kThreads),
-                           .ctx = ctx_});
+           CombineRecvArgs{.out = {out, num_tokens, num_valid}, .view = view(chain)});
 }
 
 void CudaRank::combine_fused(int chain, const uint16_t* y, int64_t row_stride, uint16_t* out,
                              int num_tokens, const int32_t* num_valid, int expected,
                              StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
-    const int64_t tokens = std::max<int64_t>(
-        num_tokens, static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected));
-    const int grid = grid_for(tokens * combine_parts(), resident_[kCombineFused]);
+    const int64_t others = std::max(1, ctx_.shape.num_ranks - 1);
+    const int64_t rows = std::max<int64_t>(num_tokens, others * expected_tokens(expected));
+    const int grid = grid_for(rows * combine_parts(), resident_[kCombineFused]);
     launch(combine_fused_kernel<kInFlight>, {grid, scratch_[kCombineFused], stream, options_.pdl},
-           CombineFusedArgs{.chain = chain,
-                            .in = {y, row_stride},
-                            .out = {out, num_tokens, num_valid},
-                            .parts = RowParts::make(ctx_, kThreads),
-                            .ctx = ctx_});
+           CombineFusedArgs{
+               .in = {y, row_stride}, .out = {out, num_tokens, num_valid}, .view = view(chain)});
 }
 
 void CudaRank::set_time_budget(uint64_t nanoseconds) const {
@@ -205,7 +242,7 @@ void CudaRank::reset() const {
 
 std::map<std::string, int> CudaRank::resident_ctas() const {
     std::map<std::string, int> out;
-    for (int k = 0; k < kNumKernels; ++k) out[kKernels[k].name] = resident_[k];
+    for (int k = 0; k < kNumKernels; ++k) out[kKernelNames[k]] = resident_[k];
     return out;
 }
 

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "ep/heap.h"
+#include "cuda/view.h"
 
 namespace ep {
 
@@ -62,8 +62,10 @@ class CudaRank {
 
     int expected_tokens(int expected) const;
     int combine_parts() const;
+    const View& view(int chain) const;
 
     Context ctx_{};
+    std::vector<View> views_;  // by chain
     Options options_{};
     std::array<int, kNumKernels> resident_{};
     std::array<int64_t, kNumKernels> scratch_{};

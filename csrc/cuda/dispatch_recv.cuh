@@ -19,65 +19,63 @@ struct RecvScratch {
 
     static constexpr int32_t kUnknown = 0x7fffffff;
 
-    static EP_HD int64_t bytes(const Context& ctx) {
-        const Shape& s = ctx.shape;
-        return static_cast<int64_t>(ctx.layout.message.lines) * kLinePayload +
-               4LL * (s.num_experts + s.num_ranks + ctx.local_experts + 1);
+    static EP_HD int message_room(const View& view) {
+        return view.message_vectors / kVectorsPerLine * kLinePayload;
     }
-    static __device__ RecvScratch carve(uint8_t* smem, const Context& ctx) {
-        const Shape& s = ctx.shape;
-        auto* p = reinterpret_cast<int32_t*>(smem + static_cast<int64_t>(ctx.layout.message.lines) *
-                                                        kLinePayload);
-        return {reinterpret_cast<uint64_t*>(smem), p, p + s.num_experts,
-                p + s.num_experts + s.num_ranks};
+    static EP_HD int bytes(const View& view) {
+        return message_room(view) +
+               4 * (view.num_experts + view.num_ranks + view.local_experts + 1);
+    }
+    static __device__ __forceinline__ RecvScratch carve(uint8_t* smem, const View& view) {
+        auto* words = reinterpret_cast<int32_t*>(smem + message_room(view));
+        return {reinterpret_cast<uint64_t*>(smem), words, words + view.num_experts,
+                words + view.num_experts + view.num_ranks};
     }
 };
 
 // A peer's numbers index our memory: never beyond the inbox.
-__device__ __forceinline__ int32_t checked_count(const Context& ctx, int chain, int source,
-                                                 uint32_t n) {
-    const auto limit = static_cast<uint32_t>(ctx.shape.max_tokens);
+__device__ __forceinline__ int32_t checked_count(const View& view, int source, uint32_t n) {
+    const auto limit = static_cast<uint32_t>(view.max_tokens);
     if (n <= limit) return static_cast<int32_t>(n);
-    if (blockIdx.x == 0) fail(ctx, FaultCode::kCount, Op::kDispatch, chain, source, limit, n);
+    if (blockIdx.x == 0) fail(view, FaultCode::kCount, Op::kDispatch, source, limit, n);
     return static_cast<int32_t>(limit);
 }
 
 // All counts messages into shared memory. Each warp takes 32 vectors of one source at a time, and
 // publishes the number of messages for the warps that already wait for rows. False: gave up.
-template <int kThreads>
-__device__ bool pull_counts(const Context& ctx, int chain, uint64_t epoch, RecvScratch scratch) {
-    const Shape& shape = ctx.shape;
-    const int local_experts = ctx.local_experts;
-    const int num_vectors = ctx.layout.counts.lines * kVectorsPerLine;
+__device__ bool pull_counts(const View& view, uint64_t epoch, RecvScratch scratch) {
+    const int local_experts = view.local_experts;
+    const int num_vectors = view.counts_vectors;
+    const uint8_t* slots = view.counts_in + (epoch & 1) * view.num_ranks * view.counts_stride;
     const int chunks = (num_vectors + 31) / 32;
     const int lane = threadIdx.x & 31;
     const uint64_t start = blockIdx.x == 0 ? ptx::global_timer_ns() : 0;
-    Watch watch{ctx, Op::kDispatch, chain};
+    Watch watch{view, Op::kDispatch};
 #pragma unroll 1
-    for (int source = 0, task = threadIdx.x / 32; task < shape.num_ranks * chunks;
+    for (int source = 0, task = threadIdx.x / 32; task < view.num_ranks * chunks;
          task += kThreads / 32) {
         while (task >= (source + 1) * chunks) ++source;
         const int i = (task - source * chunks) * 32 + lane;
-        const uint8_t* from[1] = {
-            i < num_vectors ? ctx.counts_at(ctx.rank, chain, epoch, source) + 16 * i : nullptr};
+        const uint8_t* from[1] = {i < num_vectors ? slots + source * view.counts_stride + 16 * i
+                                                  : nullptr};
         const int peers[1] = {source};
         ptx::Vector v[1];
         if (!await_vectors<1>(watch, from, peers, holds_tag(lane), epoch, v)) return false;
         if (blockIdx.x == 0 && i == 0) {
-            ctx.stats(chain)->wait_ns[source] = ptx::global_timer_ns() - start;
+            view.stats->wait_ns[source] = ptx::global_timer_ns() - start;
         }
         if (from[0] == nullptr) continue;
         const auto put = [&](int g, uint64_t granule) {
             const int x = 2 * g - 2;
             const auto lo = static_cast<uint32_t>(granule);
             if (g == 0) {
-                scratch.messages[source] = checked_count(ctx, chain, source, lo);
+                scratch.messages[source] = checked_count(view, source, lo);
                 return;
             }
             int32_t* rows = scratch.rows + source * local_experts;
-            if (x < local_experts) rows[x] = checked_count(ctx, chain, source, lo);
+            if (x < local_experts) rows[x] = checked_count(view, source, lo);
             const auto hi = static_cast<uint32_t>(granule >> 32);
-            if (x + 1 < local_experts) rows[x + 1] = checked_count(ctx, chain, source, hi);
+            if (x + 1 < local_experts) rows[x + 1] = checked_count(view, source, hi);
         };
         put(first_granule(i), v[0].lo);
         if (!holds_tag(i)) put(first_granule(i) + 1, v[0].hi);
@@ -89,11 +87,12 @@ enum class Pulled { kMessage, kNothing, kGaveUp };
 
 // Waits for the message in a slot, or for the news that the source sends fewer. Lays it out flat in
 // shared memory. Warp by warp; the caller synchronises.
-template <int kThreads, int U>
-__device__ Pulled pull_slot(const Context& ctx, Watch& watch, int chain, int source, int slot,
-                            uint64_t epoch, RecvScratch scratch) {
-    const int num_vectors = ctx.layout.message.lines * kVectorsPerLine;
-    const uint8_t* from = ctx.dispatch_at(ctx.rank, chain, source, slot);
+template <int U>
+__device__ Pulled pull_slot(const View& view, Watch& watch, int source, int slot, uint64_t epoch,
+                            RecvScratch scratch) {
+    const int num_vectors = view.message_vectors;
+    const uint8_t* from = view.dispatch_in + static_cast<int64_t>(source * view.max_tokens + slot) *
+                                                 view.message_stride;
     const bool tag_lane = holds_tag(threadIdx.x);
 #pragma unroll 1
     for (int base = 0; base < num_vectors; base += U * kThreads) {
@@ -136,29 +135,26 @@ __device__ Pulled pull_slot(const Context& ctx, Watch& watch, int chain, int sou
 }
 
 // CTA 0 tells the caller what came, and the others need it only for `contiguous`: first rows.
-template <int kThreads>
-__device__ void report_counts(const Context& ctx, const RecvTarget& target, int chain,
-                              RecvScratch scratch) {
-    const Shape& shape = ctx.shape;
-    const int local_experts = ctx.local_experts;
+__device__ void report_counts(const View& view, const RecvTarget& target, RecvScratch scratch) {
+    const int local_experts = view.local_experts;
 #pragma unroll 1
     for (int x = threadIdx.x; x < local_experts; x += kThreads) {
         int32_t sum = 0;
 #pragma unroll 1
-        for (int s = 0; s < shape.num_ranks; ++s) sum += scratch.rows[s * local_experts + x];
+        for (int s = 0; s < view.num_ranks; ++s) sum += scratch.rows[s * local_experts + x];
         target.recv_count[x] = sum;
     }
 #pragma unroll 1
-    for (int s = threadIdx.x; s < shape.num_ranks; s += kThreads) {
-        ctx.received(chain)[s] = scratch.messages[s];
+    for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
+        view.received[s] = scratch.messages[s];
         target.num_messages[s] = scratch.messages[s];
     }
 }
 
 // Contiguous: the first row of every expert, each a multiple of the alignment. Synchronises.
-__device__ inline void place_experts(const Context& ctx, const RecvTarget& target,
+__device__ inline void place_experts(const View& view, const RecvTarget& target,
                                      RecvScratch scratch) {
-    const int local_experts = ctx.local_experts;
+    const int local_experts = view.local_experts;
     const int lane = threadIdx.x & 31;
     if (threadIdx.x < 32) {
         int32_t carried = 0;
@@ -167,7 +163,7 @@ __device__ inline void place_experts(const Context& ctx, const RecvTarget& targe
             const int x = base + lane;
             int32_t own = 0;
 #pragma unroll 1
-            for (int s = 0; s < ctx.shape.num_ranks && x < local_experts; ++s) {
+            for (int s = 0; s < view.num_ranks && x < local_experts; ++s) {
                 own += scratch.rows[s * local_experts + x];
             }
             own = static_cast<int32_t>(round_up(own, target.alignment));
@@ -185,7 +181,7 @@ __device__ inline void place_experts(const Context& ctx, const RecvTarget& targe
     __syncthreads();
     if (blockIdx.x != 0) return;
 #pragma unroll 1
-    for (int x = threadIdx.x; x <= local_experts; x += blockDim.x) {
+    for (int x = threadIdx.x; x <= local_experts; x += kThreads) {
         target.expert_offset[x] = scratch.first_row[x];
     }
 }
@@ -199,26 +195,26 @@ __device__ __forceinline__ int messages_before(int source, RecvScratch scratch) 
 
 // Lane k: the row of entry k, or -1 if it is not ours. Every warp works it out for itself, which is
 // quicker than telling the others.
-__device__ __forceinline__ int place_entry(const Context& ctx, const RecvTarget& target, int source,
+__device__ __forceinline__ int place_entry(const View& view, const RecvTarget& target, int source,
                                            const Entry& entry, RecvScratch scratch) {
-    const int local_experts = ctx.local_experts;
-    const int x = entry.expert - ctx.rank * local_experts;
+    const int local_experts = view.local_experts;
+    const int x = entry.expert - view.rank * local_experts;
     if (x < 0 || x >= local_experts) return -1;
     int row = entry.position;
 #pragma unroll 1
     for (int s = 0; s < source; ++s) row += scratch.rows[s * local_experts + x];
-    row += target.format == Format::kBatched ? x * ctx.shape.max_messages() : scratch.first_row[x];
+    row += target.format == Format::kBatched ? x * view.max_messages : scratch.first_row[x];
     return row;
 }
 
 // One warp: what combine needs to find the rows again. `row` and `entry` are those of lane k.
-__device__ inline void note_rows(const Context& ctx, const RecvTarget& target, int chain,
-                                 int source, int slot, int row, const Entry& entry) {
-    const int topk = ctx.shape.topk;
+__device__ inline void note_rows(const View& view, const RecvTarget& target, int source, int slot,
+                                 int row, const Entry& entry) {
+    const int topk = view.topk;
     const int lane = threadIdx.x & 31;
     if (target.format == Format::kCompact && lane < topk) {
-        const int local_experts = ctx.local_experts;
-        const int x = entry.expert - ctx.rank * local_experts;
+        const int local_experts = view.local_experts;
+        const int x = entry.expert - view.rank * local_experts;
         const bool mine = x >= 0 && x < local_experts;
         const int64_t at =
             static_cast<int64_t>(__shfl_sync((1ull << topk) - 1, row, 0)) * topk + lane;
@@ -227,116 +223,124 @@ __device__ inline void note_rows(const Context& ctx, const RecvTarget& target, i
     }
     __syncwarp();
     const unsigned has_row = __ballot_sync(kFullWarp, row >= 0);
-    RowRef* refs = ctx.refs(chain, source, slot);
+    RowRef* refs = view.refs + static_cast<int64_t>(source * view.max_tokens + slot) * view.topk;
     const int index = __popc(has_row & ((1u << lane) - 1));
     const float weight = target.format == Format::kCompact ? 1.0f : entry.weight;
     if (row >= 0) refs[index] = {row, weight};
     if (lane == 0 && __popc(has_row) < topk) refs[__popc(has_row)] = {-1, 0.0f};
 }
 
+// Calls `put` with every row that a lane of the warp holds, in k order. Whole warps.
+template <class Put>
+__device__ __forceinline__ void for_each_row(unsigned has_row, int row, Put put) {
+#pragma unroll 1
+    for (unsigned left = has_row; left != 0; left &= left - 1) {
+        put(__shfl_sync(kFullWarp, row, __ffs(left) - 1));
+    }
+}
+
 // Copies the message in shared memory to every place it has here. All threads.
-template <int kThreads>
-__device__ void fan_out(const Context& ctx, const RecvTarget& target, int chain, int source,
-                        int slot, RecvScratch scratch) {
-    const Shape& shape = ctx.shape;
+__device__ void fan_out(const View& view, const RecvTarget& target, int source, int slot,
+                        RecvScratch scratch) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(scratch.message);
-    const auto* entries = reinterpret_cast<const Entry*>(bytes + ctx.layout.message.entries);
+    const auto* entries = reinterpret_cast<const Entry*>(bytes + view.entries_offset);
     const int lane = threadIdx.x & 31;
     const bool compact = target.format == Format::kCompact;
-    const Entry entry = lane < shape.topk ? entries[lane] : Entry{-1, 0, 0.0f};
+    const Entry entry = lane < view.topk ? entries[lane] : Entry{-1, 0, 0.0f};
     int row = -1;
     if (compact) {
         if (lane == 0) row = messages_before(source, scratch) + slot;
     } else {
-        row = place_entry(ctx, target, source, entry, scratch);
+        row = place_entry(view, target, source, entry, scratch);
     }
     const unsigned has_row = __ballot_sync(kFullWarp, row >= 0);
 
-    const int row_vectors = shape.row_bytes() / 16;
-    const int num_scales = shape.num_scales();
-    const auto* scales = reinterpret_cast<const float*>(bytes + ctx.layout.message.scales);
+    // A thread reads its piece once and stores it once for each of our experts.
     auto* out = reinterpret_cast<uint4*>(target.x);
 #pragma unroll 1
-    for (unsigned left = has_row; left != 0; left &= left - 1) {
-        const int64_t to = __shfl_sync(kFullWarp, row, __ffs(left) - 1);
-        for (int i = threadIdx.x; i < row_vectors; i += kThreads) {
-            out[to * row_vectors + i] = reinterpret_cast<const uint4*>(bytes)[i];
-        }
-        // From the last thread down: with most hidden sizes those have copied less.
-        for (int i = kThreads - 1 - static_cast<int>(threadIdx.x); i < num_scales; i += kThreads) {
-            target.scales[to * num_scales + i] = scales[i];
-        }
+    for (int base = 0; base < view.row_vectors; base += kThreads) {
+        const int i = base + threadIdx.x;
+        const bool mine = i < view.row_vectors;
+        const uint4 piece = mine ? reinterpret_cast<const uint4*>(bytes)[i] : uint4{};
+        for_each_row(has_row, row, [&](int64_t to) {
+            if (mine) out[to * view.row_vectors + i] = piece;
+        });
     }
-    if (threadIdx.x < 32) note_rows(ctx, target, chain, source, slot, row, entry);
+    // The last warp has copied the least with most hidden sizes: it takes the scales.
+    const auto* scales = reinterpret_cast<const float*>(bytes + view.scales_offset);
+    const bool takes_scales = threadIdx.x >= kThreads - 32;
+#pragma unroll 1
+    for (int i = lane; takes_scales && i - lane < view.num_scales; i += 32) {
+        const float scale = i < view.num_scales ? scales[i] : 0.0f;
+        for_each_row(has_row, row, [&](int64_t to) {
+            if (i < view.num_scales) target.scales[to * view.num_scales + i] = scale;
+        });
+    }
+    if (threadIdx.x < 32) note_rows(view, target, source, slot, row, entry);
 }
 
 // Compact: rows past the last message choose no expert.
-template <int kThreads>
-__device__ void clear_unused_rows(const Context& ctx, const RecvTarget& target, int num_messages) {
-    const int topk = ctx.shape.topk;
-    const int64_t end = static_cast<int64_t>(ctx.shape.max_messages()) * topk;
+__device__ void clear_unused_rows(const View& view, const RecvTarget& target, int num_messages) {
+    const int topk = view.topk;
+    const int64_t end = static_cast<int64_t>(view.max_messages) * topk;
     const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
     int64_t i = static_cast<int64_t>(num_messages) * topk + blockIdx.x * kThreads + threadIdx.x;
 #pragma unroll 1
     for (; i < end; i += step) target.topk_idx[i] = -1;
 }
 
-__device__ inline void finish_dispatch(const Context& ctx, int chain, uint64_t epoch,
-                                       RecvScratch scratch) {
-    const Shape& shape = ctx.shape;
-    StepStats* stats = ctx.stats(chain);
+__device__ inline void finish_dispatch(const View& view, uint64_t epoch, RecvScratch scratch) {
+    StepStats* stats = view.stats;
     const int lane = threadIdx.x;
     int rows = 0;
 #pragma unroll 1
-    for (int i = lane; i < shape.num_experts; i += 32) rows += scratch.rows[i];
+    for (int i = lane; i < view.num_experts; i += 32) rows += scratch.rows[i];
     rows = __reduce_add_sync(kFullWarp, rows);
     if (lane != 0) return;
-    stats->messages_received += messages_before(shape.num_ranks, scratch);
+    stats->messages_received += messages_before(view.num_ranks, scratch);
     stats->rows_received += rows;
-    ctx.state(chain)->dispatched = epoch;  // combine reads it, a kernel boundary later
+    view.state->dispatched = epoch;  // combine reads it, a kernel boundary later
 }
 
 // The whole grid.
-template <int kThreads>
-__device__ void dispatch_recv(const Context& ctx, const RecvTarget& target, int chain,
-                              uint64_t epoch, uint8_t* smem) {
-    const RecvScratch scratch = RecvScratch::carve(smem, ctx);
-    const Shape& shape = ctx.shape;
+__device__ void dispatch_recv(const View& view, const RecvTarget& target, uint64_t epoch,
+                              uint8_t* smem) {
+    const RecvScratch scratch = RecvScratch::carve(smem, view);
 #pragma unroll 1
-    for (int s = threadIdx.x; s < shape.num_ranks; s += kThreads) {
+    for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
         scratch.messages[s] = RecvScratch::kUnknown;
     }
     __syncthreads();
-    bool ok = pull_counts<kThreads>(ctx, chain, epoch, scratch);
-    Watch watch{ctx, Op::kDispatch, chain};
+    bool ok = pull_counts(view, epoch, scratch);
+    Watch watch{view, Op::kDispatch};
     bool counted = false;
 #pragma unroll 1
     for (int item = blockIdx.x;; item += gridDim.x) {
-        const int slot = ctx.by_ranks(item);
-        const int source = item - slot * shape.num_ranks;
+        const int slot = view.by_ranks(item);
+        const int source = item - slot * view.num_ranks;
         Pulled pulled = Pulled::kNothing;
-        if (ok && slot < shape.max_tokens) {
-            pulled = pull_slot<kThreads, 2>(ctx, watch, chain, source, slot, epoch, scratch);
+        if (ok && slot < view.max_tokens) {
+            pulled = pull_slot<2>(view, watch, source, slot, epoch, scratch);
         }
         if (__syncthreads_or(!ok || pulled == Pulled::kGaveUp)) return;
         if (!counted) {  // the barrier above made every source's counts visible
-            if (blockIdx.x == 0) report_counts<kThreads>(ctx, target, chain, scratch);
-            if (target.format == Format::kContiguous) place_experts(ctx, target, scratch);
+            if (blockIdx.x == 0) report_counts(view, target, scratch);
+            if (target.format == Format::kContiguous) place_experts(view, target, scratch);
             counted = true;
         }
         if (slot < scratch.messages[source]) {
-            fan_out<kThreads>(ctx, target, chain, source, slot, scratch);
+            fan_out(view, target, source, slot, scratch);
         }
         int most = 0;
 #pragma unroll 1
-        for (int s = 0; s < shape.num_ranks; ++s) most = max(most, scratch.messages[s]);
-        if (item + gridDim.x >= most * shape.num_ranks) break;
+        for (int s = 0; s < view.num_ranks; ++s) most = max(most, scratch.messages[s]);
+        if (item + gridDim.x >= most * view.num_ranks) break;
         __syncthreads();  // the message buffer is free again
     }
     if (target.format == Format::kCompact) {
-        clear_unused_rows<kThreads>(ctx, target, messages_before(shape.num_ranks, scratch));
+        clear_unused_rows(view, target, messages_before(view.num_ranks, scratch));
     }
-    if (blockIdx.x == 0 && threadIdx.x < 32) finish_dispatch(ctx, chain, epoch, scratch);
+    if (blockIdx.x == 0 && threadIdx.x < 32) finish_dispatch(view, epoch, scratch);
 }
 
 }  // namespace ep

@@ -52,6 +52,9 @@ __device__ __forceinline__ uint64_t global_timer_ns() {
     return t;
 }
 
+// Keeps a load whose value nobody needs.
+__device__ __forceinline__ void keep(int32_t value) { asm volatile("" ::"r"(value)); }
+
 // Programmatic dependent launch; both are no-ops in a kernel launched without it.
 __device__ __forceinline__ void allow_next_kernel() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -14,70 +14,90 @@ struct RouteCounts {
 // One entry of a token, held by one lane.
 struct Choice {
     int expert;          // valid entries: 0 <= expert < E; else -1
+    int rank;            // its owner
     bool dropped;        // out of range, or the token's second mention of the expert
     bool leads_message;  // first of the token's entries that goes to its rank
 };
 
-// The lanes [first_lane, first_lane + topk) look at one token, in k order. Whole warps call it.
-__device__ __noinline__ inline Choice read_choice(const Context& ctx, const SendInput& in, bool active,
-                                              int first_lane, int64_t entry) {
-    const int lane = threadIdx.x & 31;
-    const int raw = active ? in.expert(entry) : -1;
-    const bool in_range = raw >= 0 && raw < ctx.shape.num_experts;
-    const int rank = in_range ? ctx.owner_of(raw) : -1;
-    bool repeated = false;  // an earlier lane has the same expert
-    bool follows = false;   // an earlier lane goes to the same rank
-#pragma unroll 4
-    for (int k = 0; k < ctx.shape.topk; ++k) {
-        const int other = __shfl_sync(kFullWarp, raw, first_lane + k);
-        const int other_rank = __shfl_sync(kFullWarp, rank, first_lane + k);
-        const bool earlier = first_lane + k < lane;
-        repeated |= earlier && other == raw;
-        follows |= earlier && other_rank == rank;
+// What an entry (k of its token) learns from an earlier one of the same token.
+struct EntryCheck {
+    int raw;
+    int rank;
+    bool in_range;
+    bool repeated = false;
+    bool follows = false;
+
+    __device__ __forceinline__ EntryCheck(const View& view, int raw_expert)
+        : raw(raw_expert), in_range(raw_expert >= 0 && raw_expert < view.num_experts) {
+        rank = view.owner_of(in_range ? raw : 0);
     }
-    const bool valid = in_range && !repeated;
-    return {valid ? raw : -1, active && raw != -1 && !valid, valid && !follows};
-}
-
-// One token's entries in a warp, entry k at lane k.
-struct TokenRoute {
-    Choice choice;
-    float weight;
-
-    static __device__ __forceinline__ TokenRoute read(const Context& ctx, const SendInput& in,
-                                                      int token) {
-        const int lane = threadIdx.x & 31;
-        const int topk = ctx.shape.topk;
-        const bool active = lane < topk;
-        const int64_t entry = static_cast<int64_t>(token) * topk + lane;
-        return {read_choice(ctx, in, active, 0, entry), active ? in.weights[entry] : 0.0f};
+    __device__ __forceinline__ void compare(const View& view, int other, bool is_earlier) {
+        const bool counts = is_earlier && other >= 0 && other < view.num_experts;
+        repeated |= counts && other == raw;
+        follows |= counts && view.owner_of(other) == rank;
+    }
+    __device__ __forceinline__ Choice choice() const {
+        const bool valid = in_range && !repeated;
+        return {valid ? raw : -1, rank, raw != -1 && !valid, valid && !follows};
     }
 };
 
-__device__ __forceinline__ void clear_counts(const Shape& shape, RouteCounts counts) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < shape.num_experts; i += blockDim.x) counts.rows[i] = 0;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < shape.num_ranks; i += blockDim.x) counts.messages[i] = 0;
+// Out of line: rare, and long.
+__device__ __noinline__ inline Choice check_many(const View& view, int raw, int first_lane) {
+    EntryCheck check(view, raw);
+    const int k = static_cast<int>(threadIdx.x & 31) - first_lane;
+#pragma unroll 4
+    for (int j = 0; j < view.topk - 1; ++j) {
+        check.compare(view, __shfl_sync(kFullWarp, raw, first_lane + j), j < k);
+    }
+    return check.choice();
 }
 
-// Adds tokens [0, end) to cleared counts; all warps of the CTA, the caller synchronises.
-// Sums of integers: the order of the atomics does not show.
-__device__ __forceinline__ void count_tokens(const Context& ctx, const SendInput& in, int end,
-                                             RouteCounts counts) {
-    const int lane = threadIdx.x & 31;
-    const int topk = ctx.shape.topk;
-    const int tokens_per_warp = ctx.by_topk(32);
-    const int group = ctx.by_topk(lane);
-    const bool in_group = group < tokens_per_warp;
-    const int num_warps = blockDim.x / 32;
+// Lanes [first_lane, first_lane + topk) hold one token's raw entries, in k order; others -1. Whole
+// warps.
+__device__ __forceinline__ Choice check_choice(const View& view, int raw, int first_lane) {
+    constexpr int kUsualTopk = 8;
+    if (view.topk > kUsualTopk) return check_many(view, raw, first_lane);
+    EntryCheck check(view, raw);
+    const int k = static_cast<int>(threadIdx.x & 31) - first_lane;
+#pragma unroll
+    for (int j = 0; j < kUsualTopk - 1; ++j) {
+        check.compare(view, __shfl_sync(kFullWarp, raw, first_lane + j), j < k);
+    }
+    return check.choice();
+}
+
+__device__ __forceinline__ void clear_counts(const View& view, RouteCounts counts) {
 #pragma unroll 1
-    for (int t = (threadIdx.x / 32) * tokens_per_warp; t < end; t += num_warps * tokens_per_warp) {
-        const bool active = in_group && t + group < end;
-        const int64_t entry = static_cast<int64_t>(t) * topk + lane;
-        const Choice c = read_choice(ctx, in, active, group * topk, entry);
-        if (c.expert >= 0) atomicAdd(&counts.rows[c.expert], 1);
-        if (c.leads_message) atomicAdd(&counts.messages[ctx.owner_of(c.expert)], 1);
+    for (int i = threadIdx.x; i < view.num_experts; i += kThreads) counts.rows[i] = 0;
+    if (threadIdx.x < view.num_ranks) counts.messages[threadIdx.x] = 0;
+}
+
+// Adds tokens [0, end) to cleared counts; all warps of the CTA, the caller synchronises. A warp
+// takes as many tokens as fit its lanes, and loads two such groups at once. (Sums of integers: the
+// order of the atomics does not show.)
+__device__ __forceinline__ void count_tokens(const View& view, const SendInput& in, int end,
+                                             RouteCounts counts) {
+    constexpr int kInFlight = 2;
+    const int lane = threadIdx.x & 31;
+    const int group_tokens = view.by_topk(32);
+    const int group = view.by_topk(lane);
+    const int step = kThreads / 32 * group_tokens;
+#pragma unroll 1
+    for (int t = (threadIdx.x / 32) * group_tokens; t < end; t += kInFlight * step) {
+        int raw[kInFlight];
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j) {
+            const int base = t + j * step;
+            const bool active = group < group_tokens && base + group < end;
+            raw[j] = active ? in.expert(static_cast<int64_t>(base) * view.topk + lane) : -1;
+        }
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j) {
+            const Choice c = check_choice(view, raw[j], group * view.topk);
+            if (c.expert >= 0) atomicAdd(&counts.rows[c.expert], 1);
+            if (c.leads_message) atomicAdd(&counts.messages[c.rank], 1);
+        }
     }
 }
 

@@ -7,17 +7,21 @@
 #pragma once
 
 #include "cuda/ptx.cuh"
-#include "ep/heap.h"
+#include "cuda/view.h"
 
 namespace ep {
 
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 
+__device__ __forceinline__ uint64_t* abort_word(const View& view, int r) {
+    return reinterpret_cast<uint64_t*>(view.peer[r] + HeapLayout::kAbortOffset);
+}
+
 // The first fatal fault on this rank wins; the code is written last (the host reads it first).
-__device__ __noinline__ inline void record_fault(const Context& ctx, Fault fault) {
-    if (atomicExch(ctx.fault_claim(), 1u) != 0) return;
+__device__ __noinline__ inline void record_fault(const View& view, Fault fault) {
+    if (atomicExch(view.fault_claim, 1u) != 0) return;
     const uint32_t code = fault.code;
-    volatile Fault* out = &ctx.faults->fatal;
+    volatile Fault* out = &view.faults->fatal;
     out->op = fault.op;
     out->chain = fault.chain;
     out->rank = fault.rank;
@@ -30,50 +34,48 @@ __device__ __noinline__ inline void record_fault(const Context& ctx, Fault fault
 }
 
 // Not fatal: the entry is dropped, the host raises at its next check.
-__device__ __noinline__ inline void record_routing(const Context& ctx, int chain, int dropped,
-                                                   int expert) {
-    volatile Fault* out = &ctx.faults->routing;
+__device__ __noinline__ inline void record_routing(const View& view, int dropped, int expert) {
+    volatile Fault* out = &view.faults->routing;
     out->op = static_cast<uint32_t>(Op::kDispatch);
-    out->chain = chain;
-    out->rank = ctx.rank;
+    out->chain = view.chain;
+    out->rank = view.rank;
     out->peer = -1;
     out->count = out->count + dropped;
-    out->expected = ctx.shape.num_experts;
+    out->expected = view.num_experts;
     out->seen = static_cast<uint64_t>(static_cast<int64_t>(expert));
     __threadfence_system();
     out->code = static_cast<uint32_t>(FaultCode::kRouting);
 }
 
-__device__ __noinline__ inline void abort_group(const Context& ctx, FaultCode code, int peer) {
-    const uint64_t word = pack_abort(code, ctx.rank, peer);
-    for (int r = 0; r < ctx.shape.num_ranks; ++r) ptx::store_relaxed_sys(ctx.abort_word(r), word);
+__device__ __noinline__ inline void abort_group(const View& view, FaultCode code, int peer) {
+    const uint64_t word = pack_abort(code, view.rank, peer);
+    for (int r = 0; r < view.num_ranks; ++r) ptx::store_relaxed_sys(abort_word(view, r), word);
 }
 
-__device__ __noinline__ inline void fail(const Context& ctx, FaultCode code, Op op, int chain,
-                                         int peer, uint64_t expected, uint64_t seen) {
-    record_fault(ctx, Fault{.code = static_cast<uint32_t>(code),
-                            .op = static_cast<uint32_t>(op),
-                            .chain = chain,
-                            .rank = ctx.rank,
-                            .peer = peer,
-                            .count = 0,
-                            .expected = expected,
-                            .seen = seen});
-    abort_group(ctx, code, peer);
+__device__ __noinline__ inline void fail(const View& view, FaultCode code, Op op, int peer,
+                                         uint64_t expected, uint64_t seen) {
+    record_fault(view, Fault{.code = static_cast<uint32_t>(code),
+                             .op = static_cast<uint32_t>(op),
+                             .chain = view.chain,
+                             .rank = view.rank,
+                             .peer = peer,
+                             .count = 0,
+                             .expected = expected,
+                             .seen = seen});
+    abort_group(view, code, peer);
 }
 
 // Somebody else gave up: who, and on whom.
-__device__ __noinline__ inline void record_abort(const Context& ctx, Op op, int chain,
-                                                 uint64_t word) {
-    if (abort_rank(word) == ctx.rank) return;
-    record_fault(ctx, Fault{.code = static_cast<uint32_t>(FaultCode::kAborted),
-                            .op = static_cast<uint32_t>(op),
-                            .chain = chain,
-                            .rank = abort_rank(word),
-                            .peer = abort_peer(word),
-                            .count = 0,
-                            .expected = 0,
-                            .seen = static_cast<uint64_t>(abort_code(word))});
+__device__ __noinline__ inline void record_abort(const View& view, Op op, uint64_t word) {
+    if (abort_rank(word) == view.rank) return;
+    record_fault(view, Fault{.code = static_cast<uint32_t>(FaultCode::kAborted),
+                             .op = static_cast<uint32_t>(op),
+                             .chain = view.chain,
+                             .rank = abort_rank(word),
+                             .peer = abort_peer(word),
+                             .count = 0,
+                             .expected = 0,
+                             .seen = static_cast<uint64_t>(abort_code(word))});
 }
 
 // One warp's patience: ends a wait that found the group aborted, a tag from the future, or no time
@@ -89,44 +91,43 @@ struct Missing {
 
 // Returns the deadline of the wait (0 on the way in: not set yet), or 0: give up. Out of line,
 // since it runs once in many polls; by value, so that nothing of the poll loop lives in memory.
-__device__ __noinline__ inline uint64_t still_patient(const Context& ctx, Op op, int chain,
-                                                      Missing missing, uint64_t deadline) {
+__device__ __noinline__ inline uint64_t still_patient(const View& view, Op op, Missing missing,
+                                                      uint64_t deadline) {
     const int lane = threadIdx.x & 31;
     const unsigned who = __ballot_sync(kFullWarp, missing.waiting);
     const int leader = who == 0 ? 0 : __ffs(who) - 1;
     const int peer = __shfl_sync(kFullWarp, missing.peer, leader);
     const uint64_t seen = __shfl_sync(kFullWarp, missing.seen, leader);
     const uint64_t now = __shfl_sync(kFullWarp, ptx::global_timer_ns(), 0);
-    if (deadline == 0) deadline = now + *ctx.budget_ns();
+    if (deadline == 0) deadline = now + *view.budget_ns;
 
     const bool future = seen > missing.expected;
     if (future || now > deadline) {
         if (lane == leader) {
-            fail(ctx, future ? FaultCode::kDesync : FaultCode::kTimeout, op, chain, peer,
+            fail(view, future ? FaultCode::kDesync : FaultCode::kTimeout, op, peer,
                  missing.expected, seen);
         }
         return 0;
     }
     const uint64_t word =
-        __shfl_sync(kFullWarp, ptx::load_relaxed_sys(ctx.abort_word(ctx.rank)), 0);
+        __shfl_sync(kFullWarp, ptx::load_relaxed_sys(abort_word(view, view.rank)), 0);
     if (word == 0) return deadline;
-    if (lane == 0) record_abort(ctx, op, chain, word);
+    if (lane == 0) record_abort(view, op, word);
     return 0;
 }
 
 struct Watch {
     static constexpr uint32_t kPollsPerCheck = 256;
 
-    const Context& ctx;
+    const View& view;
     Op op;
-    int chain;
     uint32_t polls = 0;
     uint64_t deadline = 0;
 
     // After a poll that found something missing.
     __device__ __forceinline__ bool give_up(const Missing& missing) {
         if ((++polls & (kPollsPerCheck - 1)) != 0) return false;
-        deadline = still_patient(ctx, op, chain, missing, deadline);
+        deadline = still_patient(view, op, missing, deadline);
         return deadline == 0;
     }
 };

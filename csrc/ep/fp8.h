@@ -7,9 +7,6 @@
 #include <cstring>
 
 #include "ep/platform.h"
-#if defined(__CUDACC__)
-#include <cuda_fp8.h>
-#endif
 
 namespace ep {
 

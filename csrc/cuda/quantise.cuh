@@ -1,0 +1,78 @@
+// A row on its way into a message: as it is, or FP8 (csrc/ep/fp8.h has the formula).
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include "cuda/watch.cuh"
+#include "ep/fp8.h"
+
+namespace ep {
+
+// Largest magnitude of eight channels; then over the sixteen threads that share a scale (hidden is
+// a multiple of 128, so all sixteen are there or none). Whole warps.
+__device__ __forceinline__ float group_amax(uint4 bf16x8) {
+    // Magnitudes of BF16 order as integers: two a word, compared at once.
+    constexpr uint32_t kMagnitudes = 0x7fff7fffu;
+    uint32_t most = __vmaxu2(__vmaxu2(bf16x8.x & kMagnitudes, bf16x8.y & kMagnitudes),
+                             __vmaxu2(bf16x8.z & kMagnitudes, bf16x8.w & kMagnitudes));
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) {
+        most = __vmaxu2(most, __shfl_xor_sync(kFullWarp, most, step));
+    }
+    const uint32_t top = max(most >> 16, most & 0xffffu);
+    return fmaxf(bits_to_float(top << 16), kMinAmax);
+}
+
+__device__ __forceinline__ uint64_t quantise(uint4 bf16x8, float inverse) {
+    const uint32_t words[4] = {bf16x8.x, bf16x8.y, bf16x8.z, bf16x8.w};
+    uint32_t two[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const float lo = __fmul_rn(bits_to_float(words[j] << 16), inverse);
+        const float hi = __fmul_rn(bits_to_float(words[j] & 0xffff0000u), inverse);
+        two[j] = __nv_cvt_float2_to_fp8x2(make_float2(lo, hi), __NV_SATFINITE, __NV_E4M3);
+    }
+    const uint64_t low = two[0] | (two[1] << 16);
+    const uint64_t high = two[2] | (two[3] << 16);
+    return low | (high << 32);
+}
+
+// A row in registers: vector j * kThreads + thread, eight BF16 channels each.
+template <int kRowVectors>
+struct RowRegisters {
+    uint4 v[kRowVectors];
+
+    __device__ __forceinline__ void load(const uint16_t* row, int hidden) {
+        const auto* from = reinterpret_cast<const uint4*>(row);
+#pragma unroll
+        for (int j = 0; j < kRowVectors; ++j) {
+            const int i = j * kThreads + threadIdx.x;
+            v[j] = i < hidden / 8 ? from[i] : uint4{};
+        }
+    }
+
+    // Into the row part of the message, and its scales.
+    template <Wire kWire>
+    __device__ __forceinline__ void stage(uint64_t* message, int scales_offset, int hidden) const {
+        auto* scales =
+            reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(message) + scales_offset);
+        float amax[kRowVectors];
+#pragma unroll
+        for (int j = 0; j < kRowVectors; ++j) {
+            amax[j] = kWire == Wire::kFp8 ? group_amax(v[j]) : 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < kRowVectors; ++j) {
+            const int i = j * kThreads + threadIdx.x;
+            if (i >= hidden / 8) continue;
+            if (kWire == Wire::kBf16) {
+                reinterpret_cast<uint4*>(message)[i] = v[j];
+            } else {
+                message[i] = quantise(v[j], __fdiv_rn(kFp8Max, amax[j]));
+                if ((i & 15) == 0) scales[i / 16] = __fdiv_rn(amax[j], kFp8Max);
+            }
+        }
+    }
+};
+
+}  // namespace ep

@@ -1,0 +1,130 @@
+// What a kernel sees of a rank: one chain's addresses and sizes, worked out on the host.
+//
+// Passed by value, so that the kernels use them as constant operands. `peer` comes last: with few
+// ranks most of it is never touched.
+#pragma once
+
+#include "ep/heap.h"
+
+namespace ep {
+
+inline constexpr int kThreads = 512;  // every kernel
+inline constexpr int kVectorsPerLine = 8;
+inline constexpr int kGranulesPerLine = 15;
+
+struct View {
+    int32_t num_ranks;
+    int32_t rank;
+    int32_t chain;
+    int32_t num_experts;
+    int32_t local_experts;
+    int32_t topk;
+    int32_t hidden;
+    int32_t max_tokens;
+    int32_t max_messages;
+    FastDiv by_ranks;
+    FastDiv by_local_experts;
+    FastDiv by_topk;
+
+    // Dispatch messages, in vectors (16 bytes) and bytes.
+    int32_t row_vectors;
+    int32_t num_scales;
+    int32_t scales_offset;
+    int32_t header_offset;
+    int32_t entries_offset;
+    int32_t message_bytes;
+    int32_t message_vectors;
+    int32_t message_stride;
+    int32_t counts_vectors;
+    int32_t counts_stride;
+
+    // Combine rows. A part of a row is what one pass of a CTA covers.
+    int32_t num_granules;
+    int32_t combine_vectors;
+    int32_t combine_stride;
+    int32_t parts;
+    int32_t part_vectors;
+    FastDiv by_parts;
+    FastDiv by_slot_items;    // the parts of one slot of every source
+    FastDiv by_remote_items;  // of every other source
+
+    // This rank's memory.
+    const uint8_t* counts_in;    // [2][R]
+    const uint8_t* dispatch_in;  // [R][M]
+    const uint8_t* combine_in;   // [R][M]
+    ChainState* state;
+    StepStats* stats;
+    int32_t* received;  // [R]
+    int32_t* sent;      // [M][R]
+    RowRef* refs;       // [R * M][K]
+    const uint64_t* budget_ns;
+    uint32_t* fault_claim;
+    FaultBoard* faults;
+
+    // Where this rank's messages go, behind a peer's heap.
+    int64_t counts_out;  // slot 0; slot 1 is R strides on
+    int64_t dispatch_out;
+    int64_t combine_out;
+    uint8_t* peer[kMaxRanks];
+
+    EP_HD int owner_of(int expert) const { return by_local_experts(expert); }
+
+    static View make(const Context& ctx, int chain) {
+        const Shape& s = ctx.shape;
+        const HeapLayout& h = ctx.layout;
+        View v{};
+        v.num_ranks = s.num_ranks;
+        v.rank = ctx.rank;
+        v.chain = chain;
+        v.num_experts = s.num_experts;
+        v.local_experts = ctx.local_experts;
+        v.topk = s.topk;
+        v.hidden = s.hidden;
+        v.max_tokens = s.max_tokens;
+        v.max_messages = s.max_messages();
+        v.by_ranks = ctx.by_ranks;
+        v.by_local_experts = ctx.by_local_experts;
+        v.by_topk = ctx.by_topk;
+
+        v.row_vectors = s.row_bytes() / 16;
+        v.num_scales = s.num_scales();
+        v.scales_offset = h.message.scales;
+        v.header_offset = h.message.header;
+        v.entries_offset = h.message.entries;
+        v.message_bytes = h.message.bytes;
+        v.message_vectors = h.message.lines * kVectorsPerLine;
+        v.message_stride = h.message.stride;
+        v.counts_vectors = h.counts.lines * kVectorsPerLine;
+        v.counts_stride = h.counts.stride;
+
+        v.num_granules = s.hidden / 4;
+        v.combine_vectors = h.combine_lines * kVectorsPerLine;
+        v.combine_stride = h.combine_stride;
+        v.parts = static_cast<int32_t>(ceil_div(v.combine_vectors, kThreads));
+        v.part_vectors = static_cast<int32_t>(ceil_div(h.combine_lines, v.parts)) * kVectorsPerLine;
+        v.by_parts = FastDiv::by(static_cast<uint32_t>(v.parts));
+        v.by_slot_items = FastDiv::by(static_cast<uint32_t>(v.parts * s.num_ranks));
+        const int others = s.num_ranks > 1 ? s.num_ranks - 1 : 1;
+        v.by_remote_items = FastDiv::by(static_cast<uint32_t>(v.parts * others));
+
+        v.counts_in = ctx.counts_at(ctx.rank, chain, 0, 0);
+        v.dispatch_in = ctx.dispatch_at(ctx.rank, chain, 0, 0);
+        v.combine_in = ctx.combine_at(ctx.rank, chain, 0, 0);
+        v.state = ctx.state(chain);
+        v.stats = ctx.stats(chain);
+        v.received = ctx.received(chain);
+        v.sent = ctx.sent_slots(chain, 0);
+        v.refs = ctx.refs(chain, 0, 0);
+        v.budget_ns = ctx.budget_ns();
+        v.fault_claim = ctx.fault_claim();
+        v.faults = ctx.faults;
+
+        v.counts_out = h.counts_slot(s, chain, 0, ctx.rank);
+        v.dispatch_out = h.dispatch_slot(s, chain, ctx.rank, 0);
+        v.combine_out = h.combine_slot(s, chain, ctx.rank, 0);
+        for (int r = 0; r < s.num_ranks; ++r) v.peer[r] = ctx.heap[r];
+        return v;
+    }
+};
+
+}  // namespace ep
