@@ -1,7 +1,7 @@
 """Groups of ranks that a test drives without knowing where they run.
 
-`Driver` lives beside one rank's Buffer and takes CPU tensors. A `Group` calls the same method of
-every rank's driver: in this process (virtual ranks), or in one process per rank.
+A `Group` calls the same method of every rank's `Driver`: in this process (virtual ranks), or in one
+process per rank.
 """
 
 from __future__ import annotations
@@ -10,107 +10,20 @@ import io
 import multiprocessing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from support import Snapshot, poison
+from drivers import Driver
+from support import Snapshot
 from torch.distributed import TCPStore
 
 from ep_runtime import Buffer, EpConfig, World, virtual_ranks
-from ep_runtime.pending import Pending
 from ep_runtime.reference import RankInput
 
 REPLY_TIMEOUT_S = 60.0
-
-
-class Driver:
-    """One rank: moves inputs to its device, poisons outputs, copies results back."""
-
-    def __init__(self, buffer: Buffer) -> None:
-        self.buffer = buffer
-        self.pending: dict[int, Pending[Any]] = {}
-        self.handles: dict[int, Any] = {}
-
-    def _on_device(self, rank_input: RankInput, expected: int | None) -> tuple[Any, Any]:
-        device = self.buffer.device
-        n = rank_input.num_tokens
-        scalar = None if n is None else torch.tensor(n, dtype=torch.int32, device=device)
-        tensors = (rank_input.x, rank_input.topk_idx, rank_input.topk_weights)
-        options = {"num_tokens": scalar, "expected_tokens": expected}
-        return [t.to(device) for t in tensors], options
-
-    def _poison_inbox(self, chain: int) -> None:
-        received = self.buffer._inboxes[chain].received
-        for field in fields(Snapshot):
-            poison(getattr(received, field.name))
-
-    def _snapshot(self, received: Any) -> Snapshot:
-        values = [getattr(received, field.name) for field in fields(Snapshot)]
-        return Snapshot(*[None if v is None else v.cpu().clone() for v in values])
-
-    def _strided(self, rows: torch.Tensor, extra: int) -> torch.Tensor:
-        """The same rows, `extra` channels of NaN between them."""
-        wide = torch.full(
-            (*rows.shape[:-1], rows.shape[-1] + extra), float("nan"), dtype=rows.dtype
-        ).to(self.buffer.device)
-        wide[..., : rows.shape[-1]] = rows.to(self.buffer.device)
-        return wide[..., : rows.shape[-1]]
-
-    def dispatch(
-        self,
-        rank_input: RankInput,
-        chain: int = 0,
-        expected: int | None = None,
-        extra_stride: int = 0,
-    ) -> None:
-        (x, idx, weights), options = self._on_device(rank_input, expected)
-        if extra_stride:
-            x = self._strided(rank_input.x, extra_stride)
-        self._poison_inbox(chain)
-        self.pending[chain] = self.buffer.dispatch(x, idx, weights, chain=chain, **options)
-
-    def receive(self, chain: int = 0) -> Snapshot:
-        received = self.pending.pop(chain).wait()
-        self.handles[chain] = received.handle
-        return self._snapshot(received)
-
-    def combine(self, y: torch.Tensor, chain: int = 0, extra_stride: int = 0) -> None:
-        handle = self.handles[chain]
-        on_device = self._strided(y, extra_stride) if extra_stride else y.to(self.buffer.device)
-        self.pending[chain] = self.buffer.combine(on_device, handle, out=self._out(handle))
-
-    def collect(self, chain: int = 0) -> torch.Tensor:
-        out: torch.Tensor = self.pending.pop(chain).wait()
-        return out.cpu().clone()
-
-    def _out(self, handle: Any) -> torch.Tensor:
-        shape = (handle.num_rows, self.buffer.config.hidden)
-        out = torch.empty(shape, dtype=torch.bfloat16, device=self.buffer.device)
-        poison(out)
-        return out
-
-    def dispatch_fused(self, rank_input: RankInput, chain: int = 0) -> Snapshot:
-        (x, idx, weights), options = self._on_device(rank_input, None)
-        self._poison_inbox(chain)
-        received = self.buffer.dispatch_fused(x, idx, weights, chain=chain, **options)
-        self.handles[chain] = received.handle
-        return self._snapshot(received)
-
-    def combine_fused(self, y: torch.Tensor, chain: int = 0) -> torch.Tensor:
-        handle = self.handles[chain]
-        out = self.buffer.combine_fused(y.to(self.buffer.device), handle, out=self._out(handle))
-        return out.cpu().clone()
-
-    def query(self, name: str, *arguments: Any) -> Any:
-        """An attribute of the Buffer, called if it is a method."""
-        value = getattr(self.buffer, name)
-        return value(*arguments) if callable(value) else value
-
-    def synchronize(self) -> None:
-        self.buffer._ops.synchronize()
 
 
 class Group(ABC):
@@ -160,15 +73,18 @@ class VirtualGroup(Group):
         buffers = virtual_ranks(config, num_ranks, backend, devices)  # type: ignore[arg-type]
         self.num_ranks = num_ranks
         self.drivers = [Driver(buffer) for buffer in buffers]
+        self.order = list(range(num_ranks))  # in which ranks are called
         self.can_fuse = backend == "cuda" and devices is not None and len(devices) >= num_ranks
 
     def outcomes(self, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Any]:
-        results: list[Any] = []
-        for driver, given in zip(self.drivers, arguments, strict=True):
+        results: list[Any] = [None] * self.num_ranks
+        for rank in self.order:
+            given = arguments[rank]
             try:
-                results.append(None if given is None else getattr(driver, method)(*given))
+                if given is not None:
+                    results[rank] = getattr(self.drivers[rank], method)(*given)
             except Exception as error:  # noqa: BLE001 - returned to the test
-                results.append(error)
+                results[rank] = error
         return results
 
     def close(self) -> None:
@@ -177,20 +93,25 @@ class VirtualGroup(Group):
 
 
 class ProcessPool:
-    """Processes that wait for a configuration; started once, used by many groups."""
+    """Processes that wait for a configuration; started once, used by many groups.
 
-    def __init__(self, num_ranks: int, backend: str) -> None:
+    meet_s: how long a rank waits for the others outside of operations.
+    """
+
+    def __init__(self, num_ranks: int, backend: str, meet_s: float = 30.0) -> None:
         self.num_ranks = num_ranks
         self.backend = backend
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "ep_runtime.buffer", "groups"])
+        context.set_forkserver_preload(["torch", "ep_runtime.buffer", "drivers"])
         self.processes = []
         self.pipes: list[Connection] = []
         for rank in range(num_ranks):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(theirs, rank, num_ranks, self.store.port, backend), daemon=True
+                target=_work,
+                args=(theirs, rank, num_ranks, self.store.port, backend, meet_s),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -199,14 +120,17 @@ class ProcessPool:
 
     def ask(self, commands: Sequence[tuple[Any, ...] | None]) -> list[Any]:
         """Send each rank its command (None: leave it alone), then collect what they answer."""
-        for pipe, command in zip(self.pipes, commands, strict=True):
+        for rank, command in enumerate(commands):
             if command is not None:
-                pipe.send_bytes(_pack(command))
+                self.send(rank, command)
         return [
-            None if command is None else self._answer(rank) for rank, command in enumerate(commands)
+            None if command is None else self.answer(rank) for rank, command in enumerate(commands)
         ]
 
-    def _answer(self, rank: int) -> Any:
+    def send(self, rank: int, command: tuple[Any, ...]) -> None:
+        self.pipes[rank].send_bytes(_pack(command))
+
+    def answer(self, rank: int) -> Any:
         if not self.pipes[rank].poll(REPLY_TIMEOUT_S):
             self.stop()
             raise TimeoutError(f"rank {rank} hung for {REPLY_TIMEOUT_S} s")
@@ -242,7 +166,9 @@ class ProcessGroup(Group):
         self.pool.ask([("close",)] * self.num_ranks)
 
 
-def _work(pipe: Connection, rank: int, num_ranks: int, port: int, backend: str) -> None:
+def _work(
+    pipe: Connection, rank: int, num_ranks: int, port: int, backend: str, meet_s: float
+) -> None:
     torch.set_num_threads(1)
     if backend == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -252,7 +178,7 @@ def _work(pipe: Connection, rank: int, num_ranks: int, port: int, backend: str) 
     def run(kind: str, *rest: Any) -> Any:
         nonlocal driver
         if kind == "open":
-            world = World.from_store(store, rank, num_ranks)
+            world = World.from_store(store, rank, num_ranks, meet_s)
             driver = Driver(Buffer(rest[0], world, backend))  # type: ignore[arg-type]
             return None
         assert driver is not None

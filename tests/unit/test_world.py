@@ -1,0 +1,183 @@
+"""Ranks that meet over a store: all of them, or an error that names who is missing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore
+
+from ep_runtime import BuildError, ConfigError, GroupFault, PeerTimeout, SequenceError, World
+from ep_runtime.world import VirtualWorld
+
+
+def on_ranks(num_ranks: int, step: Callable[[World], Any], timeout_s: float = 10) -> list[Any]:
+    """Run `step` on every rank of a world of threads; results or exceptions."""
+    store = HashStore()
+
+    def run(rank: int) -> Any:
+        try:
+            return step(World.from_store(store, rank, num_ranks, timeout_s))
+        except Exception as error:  # noqa: BLE001 - looked at by the test
+            return error
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(run, range(num_ranks)))
+
+
+def test_all_gather_orders_by_rank_and_takes_any_bytes() -> None:
+    def step(world: World) -> list[list[bytes]]:
+        mine = [b"", bytes(range(256)), b"x" * 100_000]
+        return [world.all_gather(mine[(world.rank + i) % 3]) for i in range(3)]
+
+    for result in on_ranks(3, step):
+        assert result[0] == [b"", bytes(range(256)), b"x" * 100_000]
+        assert result[1][2] == b""
+
+
+def test_broadcast_gives_the_roots_bytes() -> None:
+    results = on_ranks(3, lambda w: w.broadcast(f"from {w.rank}".encode(), root=1))
+    assert results == [b"from 1"] * 3
+
+
+def test_missing_rank_is_named_within_the_limit() -> None:
+    started = time.monotonic()
+
+    def step(world: World) -> None:
+        if world.rank not in (1, 3):
+            world.barrier()
+
+    results = on_ranks(4, step, timeout_s=0.5)
+    assert time.monotonic() - started < 5
+    for rank in (0, 2):
+        assert isinstance(results[rank], PeerTimeout)
+        assert (results[rank].rank, results[rank].peer) == (rank, 1)
+        assert "0.5 s" in str(results[rank])
+
+
+def test_worlds_over_one_store_stay_apart() -> None:
+    def step(first: World) -> list[list[bytes]]:
+        assert first._store is not None
+        second = World.from_store(first._store, first.rank, 2, 10)
+        return [second.all_gather(b"second"), first.all_gather(b"first")]
+
+    assert on_ranks(2, step) == [[[b"second"] * 2, [b"first"] * 2]] * 2
+
+
+def test_store_keeps_no_keys_of_finished_collectives() -> None:
+    def step(world: World) -> int:
+        for _ in range(20):
+            world.barrier()
+        assert world._store is not None
+        return world._store.num_keys()
+
+    # Two live collectives at most, and a counter, per rank.
+    assert max(on_ranks(2, step)) <= 2 * 3
+
+
+def test_failure_on_one_rank_is_raised_on_all() -> None:
+    def step(world: World) -> None:
+        def allocate() -> None:
+            if world.rank == 1:
+                raise ConfigError("no room")
+
+        world.agree("allocating", allocate)
+
+    results = on_ranks(3, step)
+    assert [type(r) for r in results] == [ConfigError] * 3
+    assert str(results[1]) == "no room"
+    assert str(results[0]) == str(results[2]) == "rank 1 failed at allocating: no room"
+
+
+def test_foreign_exception_reaches_the_others_as_a_build_error() -> None:
+    def step(world: World) -> None:
+        def attach() -> None:
+            if world.rank == 0:
+                raise OSError(28, "No space left on device")
+
+        world.agree("attaching", attach)
+
+    results = on_ranks(2, step)
+    assert isinstance(results[0], OSError)
+    assert isinstance(results[1], BuildError)
+    assert "No space left" in str(results[1])
+
+
+def test_agree_returns_the_ranks_own_value() -> None:
+    assert on_ranks(3, lambda w: w.agree("counting", lambda: w.rank * 10)) == [0, 10, 20]
+
+
+def test_single_rank_never_waits() -> None:
+    world = World.single()
+    world.barrier()
+    assert world.all_gather(b"me") == [b"me"]
+    assert world.broadcast(b"me") == b"me"
+
+
+@pytest.mark.parametrize(("rank", "num_ranks"), [(2, 2), (-1, 2), (0, 0)])
+def test_rank_outside_the_world_is_refused(rank: int, num_ranks: int) -> None:
+    with pytest.raises(ConfigError, match=f"rank={rank} of num_ranks={num_ranks}"):
+        World.from_store(HashStore(), rank, num_ranks)
+
+
+def test_many_ranks_need_a_store() -> None:
+    with pytest.raises(ConfigError, match="without a store"):
+        World(None, 0, 2)
+
+
+def test_no_launcher_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="torchrun"):
+        World.from_env()
+
+
+def test_launcher_variables_make_a_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    world = World.from_env(timeout_s=5)
+    assert (world.rank, world.num_ranks) == (0, 1)
+    world.barrier()
+
+
+class _DroppedConnection(HashStore):
+    """A store whose server is gone."""
+
+    def set(self, *_: object) -> None:
+        from torch.distributed import DistNetworkError
+
+        raise DistNetworkError("Broken pipe")
+
+
+def test_lost_store_is_a_group_fault() -> None:
+    world = World.from_store(_DroppedConnection(), 0, 2, 1)
+    with pytest.raises(GroupFault, match="lost the store"):
+        world.barrier()
+
+
+def test_virtual_ranks_do_not_gather() -> None:
+    world = VirtualWorld(1, 4)
+    world.barrier()
+    with pytest.raises(SequenceError, match="virtual rank 1 of 4"):
+        world.all_gather(b"")
+
+
+def test_a_late_rank_does_not_shift_later_collectives() -> None:
+    """A rank that gave up once still meets the others afterwards."""
+    late = threading.Event()
+
+    def step(world: World) -> list[bytes]:
+        if world.rank == 1:
+            late.wait(5)
+        try:
+            world.all_gather(b"first")
+        except PeerTimeout:
+            late.set()
+        return world.all_gather(f"{world.rank}".encode(), timeout_s=10)
+
+    assert on_ranks(2, step, timeout_s=0.3) == [[b"0", b"1"]] * 2
