@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,13 @@ class Checkpoint:
     config: LmConfig
     weights: dict[str, Tensor]
     training: dict[str, Any]
+
+    def fingerprint(self) -> bytes:
+        """32 bytes that two checkpoints share exactly when shape and weights are the same."""
+        digest = hashlib.sha256(self.config.to_json().encode())
+        for name in sorted(self.weights):
+            digest.update(self.weights[name].view(torch.int16).numpy().tobytes())
+        return digest.digest()
 
     def reference(self, device: str | torch.device = "cpu") -> LanguageModel:
         """The single-rank model in float32, from the same bf16 numbers."""
