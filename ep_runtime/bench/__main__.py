@@ -1,15 +1,18 @@
-"""`python -m ep_runtime.bench low-latency|link [options]`."""
+"""`python -m ep_runtime.bench low-latency|link|compare ...`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from ep_runtime.bench import link, low_latency
+from ep_runtime.bench import compare, link, low_latency
 from ep_runtime.bench.arguments import parse_link, parse_low_latency
 from ep_runtime.errors import EpError
 
-USAGE = "usage: python -m ep_runtime.bench {low-latency,link} [--help] [options]"
+USAGE = """usage: python -m ep_runtime.bench low-latency [--help] [options]
+       python -m ep_runtime.bench link [--help] [options]
+       python -m ep_runtime.bench compare OLD.json NEW.json"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,6 +23,8 @@ def main(argv: Sequence[str]) -> int:
             return low_latency.main(parse_low_latency(rest))
         if name == "link":
             return link.main(parse_link(rest))
+        if name == "compare" and len(rest) == 2:
+            return compare.main(Path(rest[0]), Path(rest[1]))
     except EpError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

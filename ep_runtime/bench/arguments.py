@@ -33,6 +33,7 @@ _PLAIN: dict[str, type] = {
     "max_tokens": int,
     "compute_us": float,
     "link_gbs": float,
+    "label": str,
     "commit": str,
     "seed": int,
 }

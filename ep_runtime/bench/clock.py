@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 
 WARMUP_REPLAYS = 2
-# Long enough (about 0.3 ms) for the host to queue the replay behind it, so that no launch is timed.
-ALIGN_CYCLES = 500_000
+# About 1 ms: the host has queued the replay behind it before it ends, so no launch is timed.
+ALIGN_CYCLES = 2_000_000
 
 Mark = Callable[[str], None]
 Body = Callable[[Mark], None]

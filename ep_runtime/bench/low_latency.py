@@ -107,5 +107,6 @@ def _problem(session: Session, num_experts: int, wire: str, tokens: int) -> Prob
 
 def _keep(session: Session, records: list[Record]) -> None:
     """Write what there is, so that a run that is cut short leaves its results."""
-    if session.team.rank == 0 and session.options.out is not None and records:
-        write_records(report.result_path(session.options.out, records), records)
+    options = session.options
+    if session.team.rank == 0 and options.out is not None and records:
+        write_records(report.result_path(options.out, records, options.label), records)

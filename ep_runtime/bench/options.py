@@ -36,6 +36,7 @@ class LowLatencyOptions:
     link_gbs          GB/s one way that `floor_us` divides by; None: measured on this machine
     graph_mixing      leave NCCL_GRAPH_MIXING_SUPPORT at its default of 1
     out               folder of the JSON (and plot); None: nothing is written
+    label             added to their names, to keep runs of different sizes apart
     commit            None: asked of git, "unknown" outside a checkout
     """
 
@@ -60,6 +61,7 @@ class LowLatencyOptions:
     link_gbs: float | None = None
     graph_mixing: bool = False
     out: Path | None = Path("benchmarks/results")
+    label: str = ""
     plot: bool = False
     commit: str | None = None
     command: str = ""

@@ -37,7 +37,7 @@ def publish(records: Sequence[Record], options: LowLatencyOptions, console: Cons
         console.print(table)
     if options.out is None or not records:
         return
-    path = result_path(options.out, records)
+    path = result_path(options.out, records, options.label)
     write_records(path, records)
     console.print(f"wrote {path}", markup=False)
     if options.plot:
@@ -50,11 +50,12 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=FILE_WIDTH)
 
 
-def result_path(out: Path, records: Sequence[Record]) -> Path:
-    """low-latency-<device>-r<R>.json in `out`, with the skew in it unless it is uniform."""
+def result_path(out: Path, records: Sequence[Record], label: str = "") -> Path:
+    """low-latency-<device>-r<R>.json in `out`; a skew that is not uniform and a label follow."""
     machine, case = records[0].machine, records[0].case
-    skew = "" if case.skew == "uniform" else f"-{case.skew}"
-    return out / f"low-latency-{slug(machine.device)}-r{case.num_ranks}{skew}.json"
+    skew = "" if case.skew == "uniform" else case.skew
+    parts = ("low-latency", slug(machine.device), f"r{case.num_ranks}", skew, slug(label))
+    return out / ("-".join(part for part in parts if part) + ".json")
 
 
 def line(record: Record) -> str:

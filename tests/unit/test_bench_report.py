@@ -75,13 +75,19 @@ def test_nothing_measured_is_no_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "name"),
-    [({}, "low-latency-gpu-r2.json"), ({"skew": "zipf"}, "low-latency-gpu-r2-zipf.json")],
+    ("skew", "label", "name"),
+    [
+        ("uniform", "", "low-latency-gpu-r2.json"),
+        ("zipf", "", "low-latency-gpu-r2-zipf.json"),
+        ("uniform", "Large T", "low-latency-gpu-r2-large-t.json"),
+        ("zipf", "x", "low-latency-gpu-r2-zipf-x.json"),
+    ],
 )
-def test_results_are_named_after_device_ranks_and_skew(
-    change: dict[str, str], name: str, tmp_path: Path
+def test_results_are_named_after_device_ranks_skew_and_label(
+    skew: str, label: str, name: str, tmp_path: Path
 ) -> None:
-    assert report.result_path(tmp_path, [timed(1.0, more=change)]) == tmp_path / name
+    records = [timed(1.0, more={"skew": skew})]
+    assert report.result_path(tmp_path, records, label) == tmp_path / name
 
 
 def test_publishing_writes_json_and_plot(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ class Collectives:
         """What there is to measure here."""
         peers: list[Peer] = []
         absent: list[Absent] = []
-        for kind in ("ag-rs", "ag-rs-symm", "a2a", "a2a-equal"):
+        problem = self._kernel_problem()
+        for kind in ("ag-rs", "a2a", "a2a-equal", "ag-rs-symm"):
             if not self._options.wants(f"nccl-{kind}"):
                 continue
             name = f"{self._backend}-{kind}"
@@ -56,11 +57,21 @@ class Collectives:
                 absent.append(Absent(name, "symmetric memory needs NCCL and GPUs"))
                 continue
             peers.append(self._peer(name, kind, ""))
-            if self._device.type != "cuda":
-                absent.append(Absent(f"{name}+kernels", "its kernels are Triton's: GPUs only"))
+            if problem:
+                absent.append(Absent(f"{name}+kernels", problem))
                 continue
             peers += [self._peer(name, kind, additions) for additions in ("quantise", "kernels")]
         return peers, absent
+
+    def _kernel_problem(self) -> str:
+        """Why the kernels around a collective cannot run here, or ""."""
+        if self._device.type != "cuda":
+            return "its kernels are Triton's: GPUs only"
+        try:
+            load_kernels()
+        except BuildError as error:
+            return str(error)
+        return ""
 
     def _peer(self, name: str, kind: str, additions: Additions) -> Peer:
         full_name = f"{name}+{additions}" if additions else name
