@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ep_runtime import cli, cli_bench, decoding, env
+from ep_runtime import cli, decoding, env
 from ep_runtime.bench import low_latency
 from ep_runtime.bench.options import LowLatencyOptions
 from ep_runtime.decoding import DecodeResult, Plan
@@ -40,11 +40,9 @@ def test_help_loads_neither_torch_nor_the_native_module() -> None:
 
 
 def test_an_error_of_ours_is_one_line_and_status_1() -> None:
-    done = command("bench", "low-latency", "--tokens", "1,two")
+    done = command("decode", "--backend", "host", "--ranks", "0")
     assert done.returncode == 1
-    assert done.stderr == (
-        "ep-runtime: ConfigError: --tokens '1,two': give integers, such as 1,8,32\n"
-    )
+    assert done.stderr == "ep-runtime: ConfigError: ranks=0: it must be at least 1\n"
 
 
 def test_an_unknown_option_is_status_2() -> None:
@@ -262,7 +260,9 @@ def test_an_impossible_choice_is_refused(machine: Any, choice: str, ranks: int |
 # ---- bench --------------------------------------------------------------------------------------
 
 
-def test_bench_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def benched(monkeypatch: pytest.MonkeyPatch) -> list[LowLatencyOptions]:
+    """Stands for the benchmark, which fails; holds what it was asked for."""
     seen: list[LowLatencyOptions] = []
 
     def main(options: LowLatencyOptions) -> int:
@@ -270,27 +270,23 @@ def test_bench_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         return 1
 
     monkeypatch.setattr(low_latency, "main", main)
-    options = "--tokens 1,8 --experts 32 --dispatch fp8,bf16 --peers none --pairs 3 --no-parts"
-    line = ["bench", "low-latency", *options.split(), "--out", str(tmp_path)]
-    assert run(cli.app, line).exit_code == 1
-    (given,) = seen
+    return seen
+
+
+def test_bench_passes_options_on_and_status_back(benched: list[LowLatencyOptions]) -> None:
+    line = "bench low-latency --tokens 1,8 --experts 32 --peers none --pairs 3 --no-parts --out -"
+    assert run(cli.app, line.split()).exit_code == 1
+    (given,) = benched
     assert (given.tokens, given.experts, given.pairs, given.parts) == ((1, 8), (32,), 3, False)
-    assert (given.dispatch_formats, given.peers) == (("fp8", "bf16"), ("none",))
-    assert given.out == tmp_path
-    assert run(cli.app, ["bench", "low-latency", "--no-save"]).exit_code == 1
-    assert seen[1].out is None
+    assert (given.peers, given.out) == (("none",), None)
 
 
-def test_defaults_of_the_command_are_those_of_the_options(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: list[LowLatencyOptions] = []
-    monkeypatch.setattr(low_latency, "main", lambda options: seen.append(options) or 0)
-    assert run(cli.app, ["bench", "low-latency"]).exit_code == 0
-    (given,) = seen
-    assert given == LowLatencyOptions(command=given.command)
+def test_help_of_a_benchmark_is_its_own() -> None:
+    done = command("bench", "low-latency", "--help")
+    assert done.returncode == 0
+    assert "--dispatch-formats" in done.stdout
 
 
-def test_lists_may_hold_spaces() -> None:
-    assert cli_bench.words("fp8, bf16,") == ("fp8", "bf16")
-    assert cli_bench.numbers("tokens", " 1, 8 ") == (1, 8)
+def test_a_wrong_benchmark_option_is_status_2(benched: list[LowLatencyOptions]) -> None:
+    assert run(cli.app, ["bench", "low-latency", "--nonsense"]).exit_code == 2
+    assert not benched
