@@ -19,16 +19,16 @@ using FusedKernel = void (*)(DispatchFusedArgs);
 constexpr Wire kB = Wire::kBf16;
 constexpr Wire kF = Wire::kFp8;
 const SendKernel kSendKernels[2][3] = {
-    {dispatch_send_kernel<kB, 1>, dispatch_send_kernel<kB, 2>, dispatch_send_kernel<kB, 4>},
-    {dispatch_send_kernel<kF, 1>, dispatch_send_kernel<kF, 2>, dispatch_send_kernel<kF, 4>},
+    {dispatch_send_kernel<kB, 1>, dispatch_send_kernel<kB, 2>, dispatch_send_kernel<kB, 5>},
+    {dispatch_send_kernel<kF, 1>, dispatch_send_kernel<kF, 2>, dispatch_send_kernel<kF, 5>},
 };
 const FusedKernel kFusedKernels[2][3] = {
-    {dispatch_fused_kernel<kB, 1>, dispatch_fused_kernel<kB, 2>, dispatch_fused_kernel<kB, 4>},
-    {dispatch_fused_kernel<kF, 1>, dispatch_fused_kernel<kF, 2>, dispatch_fused_kernel<kF, 4>},
+    {dispatch_fused_kernel<kB, 1>, dispatch_fused_kernel<kB, 2>, dispatch_fused_kernel<kB, 5>},
+    {dispatch_fused_kernel<kF, 1>, dispatch_fused_kernel<kF, 2>, dispatch_fused_kernel<kF, 5>},
 };
 
 int width_class(int hidden) {
-    const int vectors = static_cast<int>(ceil_div(hidden / 8, kThreads));
+    const int vectors = static_cast<int>(ceil_div(hidden / 8, kStagingThreads));
     return vectors <= 1 ? 0 : vectors <= 2 ? 1 : 2;
 }
 

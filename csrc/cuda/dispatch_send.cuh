@@ -125,7 +125,7 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
     if (first >= last) return;
 
     const int lane = threadIdx.x & 31;
-    const bool routes = threadIdx.x >= kThreads - 32;
+    const bool routes = threadIdx.x >= kStagingThreads;
     const bool has_entry = routes && lane < view.topk;
     RowRegisters<kRowVectors> row;
     row.load(in.x + first * in.row_stride,
@@ -142,13 +142,17 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
     }
 #pragma unroll 1
     for (int t = first; t < last; ++t) {
-        if (routes) route_token(view, in, t, raw, weight, scratch);
-        row.template stage<kWire>(scratch.message, view.scales_offset, view.hidden);
-        if (t + 1 < last) {
-            row.load(in.x + (t + 1) * in.row_stride, view.hidden);
+        const bool more = t + 1 < last;
+        if (routes) {
+            route_token(view, in, t, raw, weight, scratch);
             entry += view.topk;
-            raw = has_entry ? in.expert(entry) : -1;
-            weight = has_entry ? in.weights[entry] : 0.0f;
+            if (more && has_entry) {
+                raw = in.expert(entry);
+                weight = in.weights[entry];
+            }
+        } else {
+            row.template stage<kWire>(scratch.message, view.scales_offset, view.hidden);
+            if (more) row.load(in.x + (t + 1) * in.row_stride, view.hidden);
         }
         __syncthreads();
         // Starts with the next rank, so that ranks do not all write to the same one at once.
@@ -162,7 +166,7 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
                           static_cast<int64_t>(slot) * view.message_stride;
             push_message(to, scratch.message, view.message_vectors, epoch);
         }
-        if (t + 1 < last) __syncthreads();  // the message buffer is free again
+        if (more) __syncthreads();  // the message buffer is free again
     }
 }
 

@@ -52,8 +52,10 @@ __device__ __forceinline__ uint64_t global_timer_ns() {
     return t;
 }
 
-// Keeps a load whose value nobody needs.
-__device__ __forceinline__ void keep(int32_t value) { asm volatile("" ::"r"(value)); }
+// Keeps a load whose value nobody needs: the assembler cannot know that the sleep never comes.
+__device__ __forceinline__ void keep(int32_t value) {
+    if (value == 0x7fc0de99) __nanosleep(1);
+}
 
 // Programmatic dependent launch; both are no-ops in a kernel launched without it.
 __device__ __forceinline__ void allow_next_kernel() {

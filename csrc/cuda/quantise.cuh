@@ -37,7 +37,7 @@ __device__ __forceinline__ uint64_t quantise(uint4 bf16x8, float inverse) {
     return low | (high << 32);
 }
 
-// A row in registers: vector j * kThreads + thread, eight BF16 channels each.
+// A row in registers: vector j * kStagingThreads + thread, eight BF16 channels each. Whole warps.
 template <int kRowVectors>
 struct RowRegisters {
     uint4 v[kRowVectors];
@@ -46,7 +46,7 @@ struct RowRegisters {
         const auto* from = reinterpret_cast<const uint4*>(row);
 #pragma unroll
         for (int j = 0; j < kRowVectors; ++j) {
-            const int i = j * kThreads + threadIdx.x;
+            const int i = j * kStagingThreads + threadIdx.x;
             v[j] = i < hidden / 8 ? from[i] : uint4{};
         }
     }
@@ -63,7 +63,7 @@ struct RowRegisters {
         }
 #pragma unroll
         for (int j = 0; j < kRowVectors; ++j) {
-            const int i = j * kThreads + threadIdx.x;
+            const int i = j * kStagingThreads + threadIdx.x;
             if (i >= hidden / 8) continue;
             if (kWire == Wire::kBf16) {
                 reinterpret_cast<uint4*>(message)[i] = v[j];

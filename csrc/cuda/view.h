@@ -9,6 +9,7 @@
 namespace ep {
 
 inline constexpr int kThreads = 512;  // every kernel
+inline constexpr int kStagingThreads = kThreads - 32;  // of a dispatch send: the last warp routes
 inline constexpr int kVectorsPerLine = 8;
 inline constexpr int kGranulesPerLine = 15;
 
@@ -45,18 +46,18 @@ struct View {
     int32_t parts;
     int32_t part_vectors;
     FastDiv by_parts;
-    FastDiv by_slot_items;    // the parts of one slot of every source
+    FastDiv by_slot_items;  // the parts of one slot of every source
     FastDiv by_remote_items;  // of every other source
 
     // This rank's memory.
-    const uint8_t* counts_in;    // [2][R]
+    const uint8_t* counts_in;  // [2][R]
     const uint8_t* dispatch_in;  // [R][M]
-    const uint8_t* combine_in;   // [R][M]
+    const uint8_t* combine_in;  // [R][M]
     ChainState* state;
     StepStats* stats;
     int32_t* received;  // [R]
-    int32_t* sent;      // [M][R]
-    RowRef* refs;       // [R * M][K]
+    int32_t* sent;  // [M][R]
+    RowRef* refs;  // [R * M][K]
     const uint64_t* budget_ns;
     uint32_t* fault_claim;
     FaultBoard* faults;
