@@ -16,13 +16,8 @@ from ep_runtime.reference import SCALE_GROUP, Expected, RankInput, quantize_fp8
 DIGIT = 256  # a token number is written as two channels, each exact in bf16
 
 
-def wrong_rows(received: Received, problem: Problem, config: EpConfig, index: int) -> str:
-    """What differs from the reference, or "".
-
-    The reference places rows of one group of channels that hold token numbers; the full rows are
-    then gathered from the reference's quantisation of all ranks' inputs.
-    """
-    expected = _places(problem, config, index)
+def wrong_rows(received: Received, problem: Problem, expected: Expected, index: int) -> str:
+    """What differs from the reference's `expected_places`, or ""."""
     for name in ("recv_count", "expert_offset", "num_messages"):
         wanted, got = getattr(expected, name), getattr(received, name)
         if wanted is not None and not torch.equal(got.cpu(), wanted):
@@ -53,8 +48,12 @@ def _same_choices(received: Received, expected: Expected) -> bool:
     return torch.equal(got_idx, idx) and torch.equal(got_weights[idx >= 0], weights[idx >= 0])
 
 
-def _places(problem: Problem, config: EpConfig, index: int) -> Expected:
-    """The reference's receive on this rank of rows that hold their flat token number."""
+def expected_places(problem: Problem, config: EpConfig, index: int) -> Expected:
+    """The reference's receive on this rank, of rows of 128 channels that hold token numbers.
+
+    Enough to place rows of any width: the full ones are gathered by token number from the
+    reference's quantisation of all ranks' inputs.
+    """
     small = replace(config, hidden=SCALE_GROUP, dispatch_format="bf16")
     inputs = [
         _numbered(one, source * config.max_tokens)

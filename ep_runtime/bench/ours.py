@@ -10,7 +10,7 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from ep_runtime.bench.clock import spin
-from ep_runtime.bench.delivered import wrong_rows
+from ep_runtime.bench.delivered import expected_places, wrong_rows
 from ep_runtime.bench.experts import amplify, dequantise, gains, weighted_gain
 from ep_runtime.bench.implementation import ERROR_LIMIT, Problem, Step
 from ep_runtime.bench.options import Mode
@@ -23,6 +23,7 @@ from ep_runtime.handles import Received
 from ep_runtime.layout import layout_of, shape_of
 from ep_runtime.native import _C
 from ep_runtime.pending import Pending
+from ep_runtime.reference import Expected
 from ep_runtime.world import World
 
 TIME_BUDGET_S = 10.0  # a case that hangs must not cost the run a minute
@@ -72,6 +73,7 @@ class OurBuffer:
         self._problem = problem
         self._mode = mode
         self._compute_us = compute_us
+        self._expected: dict[int, Expected] = {}
         self._received: Received | None = None
         self._sent: Pending[Received] | None = None
         self._returned: Pending[torch.Tensor] | None = None
@@ -182,7 +184,9 @@ class OurBuffer:
 
     def check_dispatch(self, index: int) -> str:
         self.settle()
-        return wrong_rows(_not_none(self._received), self._problem, self._buffer.config, index)
+        if index not in self._expected:
+            self._expected[index] = expected_places(self._problem, self._buffer.config, index)
+        return wrong_rows(_not_none(self._received), self._problem, self._expected[index], index)
 
 
 def _rows_shape(config: EpConfig, num_ranks: int) -> tuple[int, ...]:

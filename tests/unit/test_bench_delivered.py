@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ep_runtime import reference
-from ep_runtime.bench.delivered import wrong_rows
+from ep_runtime.bench.delivered import expected_places, wrong_rows
 from ep_runtime.bench.implementation import Problem
 from ep_runtime.bench.routing import Sizes
 from ep_runtime.config import DispatchFormat, EpConfig, RecvFormat
@@ -52,13 +52,17 @@ def case(
     return received, problem, config, expected.valid
 
 
+def verdict(received: Received, problem: Problem, config: EpConfig) -> str:
+    return wrong_rows(received, problem, expected_places(problem, config, 0), 0)
+
+
 @pytest.mark.parametrize(("wire", "recv"), FORMATS)
 def test_the_references_rows_pass_whatever_lies_beside_them(
     wire: DispatchFormat, recv: RecvFormat
 ) -> None:
     received, problem, config, valid = case(wire, recv)
     assert 0 < valid.sum() < valid.numel()
-    assert wrong_rows(received, problem, config, 0) == ""
+    assert verdict(received, problem, config) == ""
 
 
 @pytest.mark.parametrize(("wire", "recv"), FORMATS)
@@ -80,7 +84,7 @@ def test_one_changed_bit_is_found_in_any_tensor(wire: DispatchFormat, recv: Recv
         element = tensor[tuple(where.tolist())].reshape(1)
         changed = element.view(torch.uint8) ^ torch.tensor([1] + [0] * (element.element_size() - 1))
         tensor[tuple(where.tolist())] = changed.to(torch.uint8).view(tensor.dtype)[0]
-        assert wrong_rows(received, problem, config, 0) != "", name
+        assert verdict(received, problem, config) != "", name
         found += 1
     assert found == {"batched": 3, "contiguous": 4, "compact": 5}[recv] + (wire == "fp8")
 
@@ -89,16 +93,16 @@ def test_rows_of_two_sources_in_the_wrong_order_are_found() -> None:
     received, problem, config, valid = case("bf16", "compact")
     first, *_, last = valid.nonzero().flatten().tolist()
     received.x[[first, last]] = received.x[[last, first]]
-    assert "rows differ" in wrong_rows(received, problem, config, 0)
+    assert "rows differ" in verdict(received, problem, config)
 
 
 def test_missing_scales_are_found() -> None:
     received, problem, config, _ = case("fp8", "batched")
     received.scales = None
-    assert "scales are missing" in wrong_rows(received, problem, config, 0)
+    assert "scales are missing" in verdict(received, problem, config)
 
 
 def test_ranks_without_tokens_are_skipped() -> None:
     received, problem, config, _ = case("fp8", "batched", replace(SIZES, skew="half-empty"))
     assert received.num_messages.tolist()[1] == 0
-    assert wrong_rows(received, problem, config, 0) == ""
+    assert verdict(received, problem, config) == ""
