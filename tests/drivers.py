@@ -116,6 +116,10 @@ class Driver:
         """Lose this rank's state without telling the others."""
         self.buffer._ops.native.reset()
 
+    def use_gpu(self) -> float:
+        """Ordinary work of torch: raises where the context is lost."""
+        return float(torch.ones(100, device=self.buffer.device).sum())
+
     def capture(self, rows: int, chain: int) -> None:
         self.captured = CapturedPair([self], rows, chain)
 

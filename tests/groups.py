@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,12 +96,20 @@ class VirtualGroup(Group):
 class ProcessPool:
     """Processes that wait for a configuration; started once, used by many groups.
 
-    meet_s: how long a rank waits for the others outside of operations.
+    meet_s       how long a rank waits for the others outside of operations
+    environment  variables that the processes set for themselves
     """
 
-    def __init__(self, num_ranks: int, backend: str, meet_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        backend: str,
+        meet_s: float = 30.0,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.num_ranks = num_ranks
         self.backend = backend
+        self.memory = "auto"
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "ep_runtime.buffer", "drivers"])
@@ -110,7 +119,7 @@ class ProcessPool:
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_work,
-                args=(theirs, rank, num_ranks, self.store.port, backend, meet_s),
+                args=(theirs, rank, num_ranks, self.store.port, backend, meet_s, environment),
                 daemon=True,
             )
             process.start()
@@ -167,8 +176,15 @@ class ProcessGroup(Group):
 
 
 def _work(
-    pipe: Connection, rank: int, num_ranks: int, port: int, backend: str, meet_s: float
+    pipe: Connection,
+    rank: int,
+    num_ranks: int,
+    port: int,
+    backend: str,
+    meet_s: float,
+    environment: dict[str, str] | None,
 ) -> None:
+    os.environ.update(environment or {})
     torch.set_num_threads(1)
     if backend == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
