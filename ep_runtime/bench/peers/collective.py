@@ -27,7 +27,7 @@ RECV_FORMAT: dict[Additions, str] = {"": "rank-major", "quantise": "compact", "k
 class Collective:
     """One collective on one problem: an Implementation."""
 
-    error_limit = ERROR_LIMIT
+    error_limit = 2 * ERROR_LIMIT  # a reduce-scatter rounds to bf16 at every hop
     rows_stay = True
 
     def __init__(
