@@ -22,6 +22,7 @@ class Driver:
         self.pending: dict[int, Pending[Any]] = {}
         self.handles: dict[int, Any] = {}
         self.captured: CapturedPair
+        self.fused: Any = None
 
     def _on_device(self, rank_input: RankInput, expected: int | None) -> tuple[Any, Any]:
         device = self.buffer.device
@@ -95,17 +96,23 @@ class Driver:
         poison(out)
         return out
 
-    def dispatch_fused(self, rank_input: RankInput, chain: int = 0) -> Snapshot:
+    def dispatch_fused(self, rank_input: RankInput, chain: int = 0) -> None:
+        """Launched only: a peer of this process may have to launch its own first."""
         (x, idx, weights), options = self._on_device(rank_input, None)
         self._poison_inbox(chain)
-        received = self.buffer.dispatch_fused(x, idx, weights, chain=chain, **options)
-        self.handles[chain] = received.handle
-        return self._snapshot(received)
+        self.fused = self.buffer.dispatch_fused(x, idx, weights, chain=chain, **options)
+        self.handles[chain] = self.fused.handle
 
-    def combine_fused(self, y: torch.Tensor, chain: int = 0) -> torch.Tensor:
+    def combine_fused(self, y: torch.Tensor, chain: int = 0) -> None:
         handle = self.handles[chain]
-        out = self.buffer.combine_fused(y.to(self.buffer.device), handle, out=self._out(handle))
-        return out.cpu().clone()
+        on_device = y.to(self.buffer.device)
+        self.fused = self.buffer.combine_fused(on_device, handle, out=self._out(handle))
+
+    def fused_result(self) -> Snapshot | torch.Tensor:
+        """What the last fused operation gave."""
+        if isinstance(self.fused, torch.Tensor):
+            return self.fused.cpu().clone()
+        return self._snapshot(self.fused)
 
     def query(self, name: str, *arguments: Any) -> Any:
         """An attribute of the Buffer, called if it is a method."""

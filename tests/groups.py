@@ -58,6 +58,14 @@ class Group(ABC):
         self.each("dispatch", [(one, chain, expected, extra) for one in inputs])
         return self.all("receive", chain)
 
+    def dispatch_fused(self, inputs: list[RankInput], chain: int = 0) -> list[Snapshot]:
+        self.each("dispatch_fused", [(one, chain) for one in inputs])
+        return self.all("fused_result")
+
+    def combine_fused(self, outputs: list[torch.Tensor], chain: int = 0) -> list[torch.Tensor]:
+        self.each("combine_fused", [(y, chain) for y in outputs])
+        return self.all("fused_result")
+
     def combine(
         self, outputs: list[torch.Tensor], chain: int = 0, extra_stride: int = 0
     ) -> list[torch.Tensor]:

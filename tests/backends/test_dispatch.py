@@ -130,10 +130,9 @@ def test_fused_operations_match_the_reference(
     for chain in (0, 1, 0):
         inputs = random_inputs(rng, config, place.num_ranks, padded=True)
         expected = reference.dispatch(config, inputs)
-        check_received(group.each("dispatch_fused", [(one, chain) for one in inputs]), expected)
+        check_received(group.dispatch_fused(inputs, chain), expected)
         outputs = random_outputs(rng, expected)
-        got = group.each("combine_fused", [(y, chain) for y in outputs])
-        check_combined(got, config, inputs, outputs)
+        check_combined(group.combine_fused(outputs, chain), config, inputs, outputs)
 
 
 def test_statistics_count_messages_rows_and_bytes(

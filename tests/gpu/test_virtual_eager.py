@@ -135,9 +135,9 @@ def test_single_rank_may_fuse() -> None:
     for _ in range(3):
         inputs = random_inputs(rng, CONFIG, 1, padded=True)
         expected = reference.dispatch(CONFIG, inputs)
-        check_received([group.drivers[0].dispatch_fused(inputs[0])], expected)
+        check_received(group.dispatch_fused(inputs), expected)
         outputs = random_outputs(rng, expected)
-        check_combined([group.drivers[0].combine_fused(outputs[0])], CONFIG, inputs, outputs)
+        check_combined(group.combine_fused(outputs), CONFIG, inputs, outputs)
     group.close()
 
 

@@ -103,7 +103,7 @@ def test_any_sequence_gives_the_references_results(
     checked = 0
 
     @settings(
-        max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None
+        max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), database=None
     )
     @given(steps(num_ranks, config.max_tokens))
     def run(sequence: list[Step]) -> None:

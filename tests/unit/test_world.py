@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from torch.distributed import HashStore
 
 from ep_runtime import BuildError, ConfigError, GroupFault, PeerTimeout, SequenceError, World
@@ -145,13 +146,22 @@ def test_launcher_variables_make_a_world(monkeypatch: pytest.MonkeyPatch) -> Non
     world.barrier()
 
 
+def test_initialised_process_group_makes_a_world() -> None:
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        for _ in range(2):  # a second world over the same store has keys of its own
+            world = World.from_env()
+            assert (world.rank, world.num_ranks) == (0, 1)
+            assert world.all_gather(b"x") == [b"x"]
+    finally:
+        dist.destroy_process_group()
+
+
 class _DroppedConnection(HashStore):
     """A store whose server is gone."""
 
     def set(self, *_: object) -> None:
-        from torch.distributed import DistNetworkError
-
-        raise DistNetworkError("Broken pipe")
+        raise dist.DistNetworkError("Broken pipe")
 
 
 def test_lost_store_is_a_group_fault() -> None:

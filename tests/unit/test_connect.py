@@ -1,0 +1,66 @@
+"""Choosing a backend, and telling which ranks brought something else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ep_runtime import _C, BuildError, ConfigError, EpConfig, World, virtual_ranks
+from ep_runtime.buffer import Buffer
+from ep_runtime.connect import _raise_differences, choose_device
+
+CONFIG = EpConfig(num_experts=4, topk=2, hidden=128, max_tokens=4)
+
+
+def test_host_is_always_there() -> None:
+    assert choose_device("host", None) == torch.device("cpu")
+
+
+def test_auto_takes_the_gpu_where_there_is_one() -> None:
+    usable = torch.cuda.is_available() and _C.has_cuda
+    assert choose_device("auto", None).type == ("cuda" if usable else "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_where_there_is_none_says_what_is_missing() -> None:
+    with pytest.raises(BuildError, match=r"backend='cuda'.*use backend='host'"):
+        Buffer(CONFIG, World.single(), "cuda")
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(ConfigError, match="backend='gpu'.*'auto', 'host' or 'cuda'"):
+        virtual_ranks(CONFIG, 2, "gpu")  # type: ignore[arg-type]
+
+
+def test_empty_list_of_devices_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"devices=\[\]"):
+        virtual_ranks(CONFIG, 2, "cuda", [])
+
+
+def test_a_buffer_alone_works() -> None:
+    with Buffer(CONFIG, World.single(), "host") as buffer:
+        idx, weights = torch.tensor([[0, 3]]), torch.ones(1, 2)
+        received = buffer.dispatch_fused(torch.ones(1, 128).bfloat16(), idx, weights)
+        assert received.recv_count.tolist() == [1, 0, 0, 1]
+        y = torch.full((4, 4, 128), 3.0).bfloat16()
+        assert buffer.combine_fused(y, received.handle).tolist() == [[6.0] * 128]
+        assert repr(buffer).startswith("Buffer(rank 0 of 1, cpu, shm")
+
+
+def test_equal_ranks_agree() -> None:
+    _raise_differences([{"topk": 4}] * 3, ["a"] * 3)
+
+
+def test_the_odd_rank_is_named_with_both_values() -> None:
+    with pytest.raises(ConfigError, match=r"rank 2 has topk=5 \(not 4\); ranks \[0, 1\] agree"):
+        _raise_differences([{"topk": 4}, {"topk": 4}, {"topk": 5}], ["a", "a", "b"])
+
+
+def test_rank_0_is_right_where_there_is_no_majority() -> None:
+    with pytest.raises(ConfigError, match=r"rank 1 has memory='ipc' \(not 'nvshmem'\)"):
+        _raise_differences([{"memory": "nvshmem"}, {"memory": "ipc"}], ["a", "a"])
+
+
+def test_equal_fields_and_another_hash_mean_another_build() -> None:
+    with pytest.raises(ConfigError, match="rank 1 has another build"):
+        _raise_differences([{"topk": 4}] * 2, ["a", "b"])
