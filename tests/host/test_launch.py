@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,12 +52,19 @@ def test_results_come_by_rank_and_every_rank_is_a_process() -> None:
     assert len({r[3] for r in results} | {os.getpid()}) == 4
 
 
-def test_the_first_failure_ends_all_ranks() -> None:
+@pytest.fixture
+def left_behind() -> Callable[[], set[Any]]:
+    """Processes that this test started and that still run (other tests keep some of their own)."""
+    before = set(multiprocessing.active_children())
+    return lambda: set(multiprocessing.active_children()) - before
+
+
+def test_the_first_failure_ends_all_ranks(left_behind: Callable[[], set[Any]]) -> None:
     with pytest.raises(RankFailed, match="rank 1 failed with ValueError: a bad apple") as raised:
         launch(fail_on_rank_1, 3)
     assert (raised.value.rank, raised.value.kind) == (1, "ValueError")
     assert "fail_on_rank_1" in raised.value.trace
-    assert not multiprocessing.active_children()
+    assert not left_behind()
 
 
 def test_survivors_of_a_killed_rank_report_their_own_end() -> None:
@@ -66,12 +75,12 @@ def test_survivors_of_a_killed_rank_report_their_own_end() -> None:
     assert (failure.kind, "SIGKILL" in failure.text) == ("exit", True)
 
 
-def test_ranks_that_do_not_end_are_ended() -> None:
+def test_ranks_that_do_not_end_are_ended(left_behind: Callable[[], set[Any]]) -> None:
     started = time.monotonic()
     with pytest.raises(RankFailed, match="EP_LAUNCH_TIMEOUT_S"):
         launch(sleep_long, 2, timeout_s=3)
     assert time.monotonic() - started < 30
-    assert not multiprocessing.active_children()
+    assert not left_behind()
 
 
 def test_a_result_that_cannot_be_sent_is_a_failure() -> None:
@@ -115,7 +124,7 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_until(condition, limit_s: float = 60.0) -> None:  # type: ignore[no-untyped-def]
+def wait_until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, f"not so after {limit_s:g} s"
