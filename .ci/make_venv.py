@@ -22,6 +22,7 @@ import sys
 import venv
 from pathlib import Path
 
+BUILD_TOOLS = ("setuptools", "wheel", "pybind11")
 SEES_GPU = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
 
 
@@ -50,6 +51,11 @@ def make_layered(directory: Path) -> None:
     parents = [p for p in site.getsitepackages() if Path(p).is_dir()]
     lines = [f"import site; site.addsitedir({p!r})\n" for p in parents]
     Path(purelib, "_parent_environment.pth").write_text("".join(lines))
+    if not works(str(python), "import pip"):
+        subprocess.run([python, "-m", "ensurepip"], check=True)
+    missing = [name for name in BUILD_TOOLS if not works(str(python), f"import {name}")]
+    if missing:
+        pip_install(str(python), *missing)
 
 
 def make_own(directory: Path, torch: str, extra: list[str]) -> None:
