@@ -96,8 +96,8 @@ def main() -> None:
     why = "a GPU, but this python3's torch does not see it" if has_gpu() else "no NVIDIA GPU"
     say(f"{directory}: its own, with {options.torch} ({why})")
     make_own(directory, options.torch, ["cuda-bindings>=13.0,<14"] if compiles_cuda else [])
-    if compiles_cuda:
-        # Without its dependency, a CUDA runtime that the build links from nvcc's toolkit.
+    if compiles_cuda and not works(python, "import nvidia.nvshmem"):
+        # A torch for CUDA brings its own. No dependencies: nvcc has the CUDA runtime already.
         pip_install(python, "--no-deps", "nvidia-nvshmem-cu13==3.4.5")
 
 
