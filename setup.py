@@ -189,7 +189,8 @@ def cudart_flags(cuda: Cuda) -> list[str]:
 
 def core_commands(cuda: Cuda | None, reason: str) -> dict[Path, list[str]]:
     """Every source of ep_runtime._C with the command that compiles it."""
-    host = [CSRC / "bindings.cpp", *CSRC.glob("bindings_*.cpp"), *CSRC.glob("host/*.cpp")]
+    bindings = [p for p in CSRC.glob("bindings*.cpp") if cuda or p.stem != "bindings_cuda"]
+    host = [*bindings, *CSRC.glob("host/*.cpp")]
     commands = dict.fromkeys(sorted(host), host_command(cuda))
     commands[CSRC / "bindings.cpp"] = host_command(cuda, f'-DEP_BUILD_INFO="{reason}"')
     if cuda:

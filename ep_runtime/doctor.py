@@ -305,7 +305,7 @@ def abilities() -> list[Finding]:
     try:
         cuda = _has_cuda_build()
     except ImportError:
-        why = "ep_runtime._C is not built"
+        why = "ep_runtime._C is not built, or does not load"
         names = ("CPU ranks", "virtual GPU ranks", "one process per GPU")
         return [Finding(name, "problem", why, "`make build`") for name in names]
     gpus = _num_gpus() if cuda else 0

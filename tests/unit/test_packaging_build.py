@@ -96,6 +96,15 @@ def test_a_compile_error_fails_the_build_and_shows_the_command(project: Path) ->
     assert "-std=c++20" in done.stderr
 
 
+@pytest.mark.slow
+def test_the_real_sources_hold_together_without_cuda(project: Path) -> None:
+    shutil.rmtree(project / "csrc")
+    shutil.copytree(CHECKOUT / "csrc", project / "csrc")
+    done = build(project, EP_NO_CUDA="1", CXXFLAGS="-O0")
+    assert done.returncode == 0, done.stderr
+    assert ask(project, "c.has_cuda, repr(c.cuda_archs), hasattr(c, 'HostRank')") == "False '' True"
+
+
 # ---- finding nvcc -------------------------------------------------------------------------------
 
 
