@@ -90,3 +90,51 @@ def test_two_chains_interleave(open_group: OpenGroup, place: Place, rng: torch.G
         group.each("combine", [(y, 1) for y in outputs_b])
         check_combined(group.all("collect", 0), config, a, outputs_a)
         check_combined(group.all("collect", 1), config, b, outputs_b)
+
+
+BIG = 2.0**30  # BIG - BIG + 1 is 1, in every other order of three FP32 additions it is 0
+
+
+def summed(group: Group, config: EpConfig, experts: list[int], values: list[float]) -> float:
+    """What rank 0's token gets from `experts` (in k order, weight 1) that return `values`."""
+    local = config.local_experts(group.num_ranks)
+    inputs = [
+        reference.RankInput(
+            torch.ones(rows, config.hidden).bfloat16(),
+            torch.tensor([experts] * rows, dtype=torch.int64).view(rows, config.topk),
+            torch.ones(rows, config.topk),
+        )
+        for rows in [1] + [0] * (group.num_ranks - 1)
+    ]
+    expected = reference.dispatch(config, inputs)
+    check_received(group.dispatch(inputs), expected)
+    outputs = [torch.zeros_like(one.x, dtype=torch.bfloat16) for one in expected]
+    for expert, value in zip(experts, values, strict=True):
+        outputs[expert // local][expert % local, 0] = value
+    return float(group.combine(outputs)[0][0, -1])
+
+
+def test_a_ranks_experts_are_added_in_the_order_of_topk(
+    open_group: OpenGroup, place: Place
+) -> None:
+    config = EpConfig(num_experts=3 * place.num_ranks, topk=3, hidden=128, max_tokens=2)
+    group = open_group(config)
+    for order in ([3, 4, 5], [5, 3, 4], [4, 5, 3], [5, 4, 3]):  # rank 1's experts
+        assert summed(group, config, order, [BIG, -BIG, 1.0]) == 1.0
+        assert summed(group, config, order, [BIG, 1.0, -BIG]) == 0.0
+        assert summed(group, config, order, [1.0, BIG, -BIG]) == 0.0
+
+
+def test_ranks_are_added_in_their_order(open_group: OpenGroup, place: Place) -> None:
+    if place.num_ranks < 3:
+        pytest.skip("two numbers add up to the same in both orders")
+    config = EpConfig(num_experts=place.num_ranks, topk=3, hidden=128, max_tokens=2)
+    group = open_group(config)
+    last = place.num_ranks - 1
+    for experts, values in (
+        ([0, 1, last], [BIG, -BIG, 1.0]),
+        ([last, 0, 1], [1.0, BIG, -BIG]),
+        ([1, last, 0], [-BIG, 1.0, BIG]),
+    ):
+        assert summed(group, config, experts, values) == 1.0
+    assert summed(group, config, [0, 1, last], [1.0, BIG, -BIG]) == 0.0
