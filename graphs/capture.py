@@ -16,6 +16,12 @@ from ep_runtime.graphs.record import Operation, recording, reset_regions
 from ep_runtime.graphs.staging import Tensors
 
 
+def _pool_on(device: torch.device) -> torch.cuda.MemPool:
+    """A pool belongs to the device that is current when it is made."""
+    with torch.cuda.device(device):
+        return torch.cuda.MemPool()
+
+
 class CaptureSite:
     """What all graphs of one DecodeGraphs share: devices, capture stream, memory pools."""
 
@@ -27,7 +33,7 @@ class CaptureSite:
         others = self.devices[1:]
         self._side: list[torch.cuda.Stream] = [make_stream(device) for device in others]
         # A capture's own pool serves its first device only.
-        self._side_pools = [torch.cuda.MemPool() for _ in others]
+        self._side_pools = [_pool_on(device) for device in others]
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:

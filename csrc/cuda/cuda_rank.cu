@@ -37,12 +37,18 @@ Kernel pick(const Kernel (&table)[2][3], const Shape& shape) {
     return table[static_cast<int>(shape.wire)][width_class(shape.hidden)];
 }
 
+using RecvKernel = void (*)(DispatchRecvArgs);
+RecvKernel recv_kernel(const Shape& shape) {
+    const int vectors = MessageLayout::make(shape).lines * kVectorsPerLine;
+    return vectors <= kThreads ? dispatch_recv_kernel<1> : dispatch_recv_kernel<2>;
+}
+
 const void* kernel_of(int kernel, const Shape& shape) {
     switch (kernel) {
         case 0:
             return reinterpret_cast<const void*>(pick(kSendKernels, shape));
         case 1:
-            return reinterpret_cast<const void*>(&dispatch_recv_kernel);
+            return reinterpret_cast<const void*>(recv_kernel(shape));
         case 2:
             return reinterpret_cast<const void*>(pick(kFusedKernels, shape));
         case 3:
@@ -159,7 +165,7 @@ void CudaRank::dispatch_recv(int chain, const RecvTarget& target, int expected,
     const DeviceGuard guard(options_.device);
     const int64_t messages = static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected);
     const int grid = grid_for(messages, resident_[kDispatchRecv]);
-    launch(dispatch_recv_kernel, {grid, scratch_[kDispatchRecv], stream, options_.pdl},
+    launch(recv_kernel(ctx_.shape), {grid, scratch_[kDispatchRecv], stream, options_.pdl},
            DispatchRecvArgs{.target = target, .view = view(chain)});
 }
 

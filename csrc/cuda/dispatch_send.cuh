@@ -151,7 +151,10 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
                 weight = in.weights[entry];
             }
         } else {
-            row.template stage<kWire>(scratch.message, view.scales_offset, view.hidden);
+            auto* bytes = reinterpret_cast<uint8_t*>(scratch.message);
+            row.template stage<kWire>(bytes + view.row_offset,
+                                      reinterpret_cast<float*>(bytes + view.scales_offset),
+                                      view.hidden);
             if (more) row.load(in.x + (t + 1) * in.row_stride, view.hidden);
         }
         __syncthreads();

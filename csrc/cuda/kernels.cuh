@@ -54,21 +54,21 @@ __device__ __forceinline__ void fetch_arguments(const Args& args) {
 }
 
 // Every kernel starts so: nothing of earlier kernels is read before the wait, and no more than one
-// kernel is let in behind this one.
+// kernel is let in behind this one. Returns the epoch the operation works at, or 0: the group gave
+// up. The CTA decides as one, since a peer may set the abort word between two threads' looks at it.
 template <class Args>
-__device__ __forceinline__ void begin(const Args& args) {
+__device__ __forceinline__ uint64_t begin(const Args& args, Op op) {
     fetch_arguments(args);
     ptx::await_previous_kernel();
     ptx::allow_next_kernel();
-}
-
-// A group that gave up is not asked about here: sends then write what nobody reads, and waits
-// notice. That saves every kernel a load on its way to the wire.
-__device__ __forceinline__ uint64_t dispatch_epoch(const View& view) {
-    return view.state->combined + 1;
-}
-__device__ __forceinline__ uint64_t combine_epoch(const View& view) {
-    return view.state->dispatched;
+    const View& view = args.view;
+    const uint64_t abort = ptx::load_relaxed_sys(abort_word(view, view.rank));
+    const uint64_t epoch = op == Op::kDispatch ? view.state->combined + 1 : view.state->dispatched;
+    if (__syncthreads_or(abort != 0) == 0) return epoch;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        record_abort(view, op, ptx::load_relaxed_sys(abort_word(view, view.rank)));
+    }
+    return 0;
 }
 
 __device__ __forceinline__ bool reports() { return blockIdx.x == 0 && threadIdx.x == 0; }
@@ -77,35 +77,38 @@ template <Wire kWire, int kRowVectors>
 __global__ void __launch_bounds__(kThreads, 2)
     dispatch_send_kernel(const __grid_constant__ DispatchSendArgs a) {
     extern __shared__ __align__(16) uint8_t smem[];
-    begin(a);
-    const uint64_t epoch = dispatch_epoch(a.view);
+    const uint64_t epoch = begin(a, Op::kDispatch);
+    if (epoch == 0) return;
     if (reports()) check_dispatch_order(a.view);
     dispatch_send<kWire, kRowVectors>(a.view, a.in, a.stretch, epoch, smem);
 }
 
+template <int kHeld>
 __global__ void __launch_bounds__(kThreads, 2)
     dispatch_recv_kernel(const __grid_constant__ DispatchRecvArgs a) {
     extern __shared__ __align__(16) uint8_t smem[];
-    begin(a);
-    dispatch_recv(a.view, a.target, dispatch_epoch(a.view), smem);
+    const uint64_t epoch = begin(a, Op::kDispatch);
+    if (epoch == 0) return;
+    dispatch_recv<kHeld>(a.view, a.target, epoch, smem);
 }
 
+// FP8 rows of up to 7168 channels, with their metadata, are one vector a thread.
 template <Wire kWire, int kRowVectors>
 __global__ void __launch_bounds__(kThreads, 2)
     dispatch_fused_kernel(const __grid_constant__ DispatchFusedArgs a) {
     extern __shared__ __align__(16) uint8_t smem[];
-    begin(a);
-    const uint64_t epoch = dispatch_epoch(a.view);
+    const uint64_t epoch = begin(a, Op::kDispatch);
+    if (epoch == 0) return;
     if (reports()) check_dispatch_order(a.view);
     dispatch_send<kWire, kRowVectors>(a.view, a.in, a.stretch, epoch, smem);
     __syncthreads();  // the halves share the scratch memory
-    dispatch_recv(a.view, a.target, epoch, smem);
+    dispatch_recv<kWire == Wire::kFp8 && kRowVectors <= 2 ? 1 : 2>(a.view, a.target, epoch, smem);
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
     combine_send_kernel(const __grid_constant__ CombineSendArgs a) {
-    begin(a);
-    const uint64_t epoch = combine_epoch(a.view);
+    const uint64_t epoch = begin(a, Op::kCombine);
+    if (epoch == 0) return;
     if (reports()) check_combine_order(a.view);
     combine_send(a.view, a.in, epoch);
 }
@@ -113,15 +116,16 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <int kInFlight>
 __global__ void __launch_bounds__(kThreads, 2)
     combine_recv_kernel(const __grid_constant__ CombineRecvArgs a) {
-    begin(a);
-    combine_recv<kInFlight>(a.view, a.out, combine_epoch(a.view));
+    const uint64_t epoch = begin(a, Op::kCombine);
+    if (epoch == 0) return;
+    combine_recv<kInFlight>(a.view, a.out, epoch);
 }
 
 template <int kInFlight>
 __global__ void __launch_bounds__(kThreads, 2)
     combine_fused_kernel(const __grid_constant__ CombineFusedArgs a) {
-    begin(a);
-    const uint64_t epoch = combine_epoch(a.view);
+    const uint64_t epoch = begin(a, Op::kCombine);
+    if (epoch == 0) return;
     if (reports()) check_combine_order(a.view);
     combine_both<kInFlight>(a.view, a.in, a.out, epoch);
 }

@@ -51,11 +51,9 @@ struct RowRegisters {
         }
     }
 
-    // Into the row part of the message, and its scales.
+    // Into the row part of a message, and its scales.
     template <Wire kWire>
-    __device__ __forceinline__ void stage(uint64_t* message, int scales_offset, int hidden) const {
-        auto* scales =
-            reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(message) + scales_offset);
+    __device__ __forceinline__ void stage(uint8_t* to, float* scales, int hidden) const {
         float amax[kRowVectors];
 #pragma unroll
         for (int j = 0; j < kRowVectors; ++j) {
@@ -66,9 +64,9 @@ struct RowRegisters {
             const int i = j * kStagingThreads + threadIdx.x;
             if (i >= hidden / 8) continue;
             if (kWire == Wire::kBf16) {
-                reinterpret_cast<uint4*>(message)[i] = v[j];
+                reinterpret_cast<uint4*>(to)[i] = v[j];
             } else {
-                message[i] = quantise(v[j], __fdiv_rn(kFp8Max, amax[j]));
+                reinterpret_cast<uint64_t*>(to)[i] = quantise(v[j], __fdiv_rn(kFp8Max, amax[j]));
                 if ((i & 15) == 0) scales[i / 16] = __fdiv_rn(amax[j], kFp8Max);
             }
         }

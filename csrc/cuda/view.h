@@ -30,9 +30,10 @@ struct View {
     // Dispatch messages, in vectors (16 bytes) and bytes.
     int32_t row_vectors;
     int32_t num_scales;
-    int32_t scales_offset;
     int32_t header_offset;
     int32_t entries_offset;
+    int32_t scales_offset;
+    int32_t row_offset;
     int32_t message_bytes;
     int32_t message_vectors;
     int32_t message_stride;
@@ -60,6 +61,7 @@ struct View {
     RowRef* refs;  // [R * M][K]
     const uint64_t* budget_ns;
     uint32_t* fault_claim;
+    uint32_t* dropped_entries;
     FaultBoard* faults;
 
     // Where this rank's messages go, behind a peer's heap.
@@ -89,9 +91,10 @@ struct View {
 
         v.row_vectors = s.row_bytes() / 16;
         v.num_scales = s.num_scales();
-        v.scales_offset = h.message.scales;
         v.header_offset = h.message.header;
         v.entries_offset = h.message.entries;
+        v.scales_offset = h.message.scales;
+        v.row_offset = h.message.row;
         v.message_bytes = h.message.bytes;
         v.message_vectors = h.message.lines * kVectorsPerLine;
         v.message_stride = h.message.stride;
@@ -118,6 +121,7 @@ struct View {
         v.refs = ctx.refs(chain, 0, 0);
         v.budget_ns = ctx.budget_ns();
         v.fault_claim = ctx.fault_claim();
+        v.dropped_entries = ctx.dropped_entries();
         v.faults = ctx.faults;
 
         v.counts_out = h.counts_slot(s, chain, 0, ctx.rank);

@@ -33,23 +33,33 @@ __device__ __noinline__ inline void record_fault(const View& view, Fault fault) 
     out->code = code;
 }
 
-// Not fatal: the entry is dropped, the host raises at its next check.
+// Not fatal: the entry is dropped, the host raises at its next check. The record holds the running
+// total; whoever publishes it looks again, so that the last word is the largest.
 __device__ __noinline__ inline void record_routing(const View& view, int dropped, int expert) {
     volatile Fault* out = &view.faults->routing;
     out->op = static_cast<uint32_t>(Op::kDispatch);
     out->chain = view.chain;
     out->rank = view.rank;
     out->peer = -1;
-    out->count = out->count + dropped;
     out->expected = view.num_experts;
     out->seen = static_cast<uint64_t>(static_cast<int64_t>(expert));
-    __threadfence_system();
+    atomicAdd(view.dropped_entries, static_cast<uint32_t>(dropped));
+    uint32_t total = 0;
+    do {
+        total = atomicAdd(view.dropped_entries, 0u);
+        out->count = total;
+        __threadfence_system();
+    } while (total != atomicAdd(view.dropped_entries, 0u));
     out->code = static_cast<uint32_t>(FaultCode::kRouting);
 }
 
 __device__ __noinline__ inline void abort_group(const View& view, FaultCode code, int peer) {
     const uint64_t word = pack_abort(code, view.rank, peer);
-    for (int r = 0; r < view.num_ranks; ++r) ptx::store_relaxed_sys(abort_word(view, r), word);
+    for (int r = 0; r < view.num_ranks; ++r) {
+        // The first cause stays.
+        atomicCAS_system(reinterpret_cast<unsigned long long*>(abort_word(view, r)), 0ull,
+                         static_cast<unsigned long long>(word));
+    }
 }
 
 __device__ __noinline__ inline void fail(const View& view, FaultCode code, Op op, int peer,

@@ -49,6 +49,9 @@ struct Context {
     EP_HD uint32_t* fault_claim() const {
         return reinterpret_cast<uint32_t*>(local + LocalLayout::kClaimOffset);
     }
+    EP_HD uint32_t* dropped_entries() const {
+        return reinterpret_cast<uint32_t*>(local + LocalLayout::kDroppedOffset);
+    }
     template <class T>
     EP_HD T* local_at(int chain, int64_t offset) const {
         return reinterpret_cast<T*>(local + local_layout.chain(chain) + offset);

@@ -30,22 +30,25 @@ struct MessageHeader {
     int32_t num_entries;
 };
 
-// row | scales | header | entries, each part 4-byte aligned, the row 8-byte aligned.
+// header | entries | scales | row. What tells a receiver where the row goes comes first; the row is
+// 16-byte aligned.
 struct MessageLayout {
-    int32_t scales;   // offsets
-    int32_t header;
+    int32_t header;  // offsets
     int32_t entries;
-    int32_t bytes;    // payload, a multiple of 8
+    int32_t scales;
+    int32_t row;
+    int32_t bytes;  // payload, a multiple of 16
     int32_t lines;
-    int32_t stride;   // bytes of one inbox slot
+    int32_t stride;  // bytes of one inbox slot
 
     static EP_HD MessageLayout make(const Shape& s) {
         MessageLayout m{};
-        m.scales = s.row_bytes();
-        m.header = m.scales + s.num_scales() * static_cast<int>(sizeof(float));
-        m.entries = m.header + static_cast<int>(sizeof(MessageHeader));
-        m.bytes =
-            static_cast<int32_t>(round_up(m.entries + s.topk * static_cast<int>(sizeof(Entry)), 8));
+        m.header = 0;
+        m.entries = static_cast<int>(sizeof(MessageHeader));
+        m.scales = m.entries + s.topk * static_cast<int>(sizeof(Entry));
+        m.row = static_cast<int32_t>(
+            round_up(m.scales + s.num_scales() * static_cast<int>(sizeof(float)), 16));
+        m.bytes = m.row + s.row_bytes();
         m.lines = lines_for(m.bytes);
         m.stride = m.lines * kLineBytes;
         return m;
@@ -135,6 +138,7 @@ struct LocalLayout {
     static constexpr int64_t kBudgetOffset = 0;  // uint64 nanoseconds; survives reset()
     static constexpr int64_t kClaimOffset =
         8;   // uint32: the first fatal fault on a device takes it
+    static constexpr int64_t kDroppedOffset = 12;  // uint32: routing entries dropped since reset()
     static constexpr int64_t kChainsOffset = 256;
 
     static EP_HD LocalLayout make(const Shape& s) {

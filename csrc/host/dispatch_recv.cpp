@@ -178,7 +178,7 @@ class Receive {
     void copy_row(const uint8_t* message, int64_t row) {
         const Shape& shape = context_.shape;
         const int64_t bytes = shape.row_bytes();
-        std::memcpy(target_.x + row * bytes, message, bytes);
+        std::memcpy(target_.x + row * bytes, message + context_.layout.message.row, bytes);
         if (shape.wire != Wire::kFp8) return;
         std::memcpy(target_.scales + row * shape.num_scales(),
                     message + context_.layout.message.scales, sizeof(float) * shape.num_scales());

@@ -79,7 +79,7 @@ void send_counts(const Context& context, int chain, uint64_t epoch, const Routin
     }
 }
 
-// row | scales | header | entries. The same bytes go to every receiver of the token.
+// The same bytes go to every receiver of the token.
 void write_message(const Context& context, const SendInput& input, int token, const Entry* entries,
                    uint8_t* message) {
     const Shape& shape = context.shape;
@@ -87,9 +87,9 @@ void write_message(const Context& context, const SendInput& input, int token, co
     const uint16_t* row = input.x + token * input.row_stride;
     if (shape.wire == Wire::kFp8) {
         float* scales = reinterpret_cast<float*>(message + layout.scales);
-        row_math().quantise(row, shape.hidden, message, scales);
+        row_math().quantise(row, shape.hidden, message + layout.row, scales);
     } else {
-        std::memcpy(message, row, shape.row_bytes());
+        std::memcpy(message + layout.row, row, shape.row_bytes());
     }
     const MessageHeader header{token, shape.topk};
     std::memcpy(message + layout.header, &header, sizeof(header));
