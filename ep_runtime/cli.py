@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ep_runtime import __version__, cli_bench, env
+from ep_runtime import __version__, cli_bench, env, logs
 from ep_runtime.errors import ConfigError, EpError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Wire(str, Enum):
 def main() -> None:
     """Entry point: what this package raises on purpose becomes one line and exit status 1."""
     try:
+        logs.start()
         app()
     except EpError as error:
         sys.stdout.flush()

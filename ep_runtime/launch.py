@@ -26,7 +26,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from typing_extensions import TypeVarTuple, Unpack
 
-from ep_runtime import env
+from ep_runtime import env, logs
 from ep_runtime.errors import ConfigError, EpError, GroupFault
 from ep_runtime.world import World
 
@@ -224,6 +224,7 @@ def _rank_main(task: _Task, report: connection.Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // task.num_ranks))
     try:
+        logs.start(task.rank)
         if task.gpu_per_rank:
             use_gpu(task.rank)
         limit = timedelta(seconds=env.read().warmup_timeout_s)

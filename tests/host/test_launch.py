@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -86,6 +87,20 @@ def test_ranks_that_do_not_end_are_ended(left_behind: Callable[[], set[Any]]) ->
 def test_a_result_that_cannot_be_sent_is_a_failure() -> None:
     with pytest.raises(RankFailed, match="rank 0 failed with"):
         launch(return_what_cannot_be_pickled, 1)
+
+
+def say_something(world: World) -> None:
+    logging.getLogger("ep_runtime").info("here I am")
+
+
+def test_ranks_log_with_their_number_from_the_level_that_is_set(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    launch(say_something, 1)
+    assert "here I am" not in capfd.readouterr().err
+    monkeypatch.setenv("EP_LOG_LEVEL", "info")
+    launch(say_something, 1)
+    assert "ep_runtime rank 0: INFO: here I am" in capfd.readouterr().err
 
 
 def test_no_ranks_are_refused() -> None:
