@@ -53,6 +53,14 @@ class PeerTimeout(GroupFault):
         self.rank = rank
         self.peer = peer
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Crosses processes: keyword arguments are not what BaseException keeps."""
+        return _make_peer_timeout, (str(self), self.rank, self.peer)
+
+
+def _make_peer_timeout(message: str, rank: int, peer: int) -> PeerTimeout:
+    return PeerTimeout(message, rank=rank, peer=peer)
+
 
 class DesyncError(GroupFault):
     """Ranks issued different sequences of operations on a chain."""

@@ -13,7 +13,7 @@ namespace ep {
 // Shared memory: two messages' metadata (all before the row) | rows[R][L] | messages[R] |
 // first_row[L + 1].
 struct RecvScratch {
-    uint8_t* metadata;           // two: of this message, and of the last, which may still be read
+    uint8_t* metadata;  // two: of this message, and of the last, which may still be read
     int32_t* rows;  // rows that source s sends for local expert x
     volatile int32_t* messages;  // that source s sends; kUnknown until its counts are here
     int32_t* first_row;  // contiguous: first row of the expert
@@ -201,6 +201,12 @@ __device__ __forceinline__ int place_entry(const View& view, const RecvTarget& t
     const int local_experts = view.local_experts;
     const int x = entry.expert - view.rank * local_experts;
     if (x < 0 || x >= local_experts) return -1;
+    const int32_t announced = scratch.rows[source * view.local_experts + x];
+    if (static_cast<uint32_t>(entry.position) >= static_cast<uint32_t>(announced)) {
+        // A damaged heap: the row would lie beyond the source's own.
+        fail(view, FaultCode::kCount, Op::kDispatch, source, announced, entry.position);
+        return -1;
+    }
     int row = entry.position;
 #pragma unroll 1
     for (int s = 0; s < source; ++s) row += scratch.rows[s * local_experts + x];

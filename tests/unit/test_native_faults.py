@@ -221,8 +221,7 @@ def test_counts_beyond_the_inbox_are_not_believed(
 def test_positions_beyond_the_counts_are_not_believed(position: int) -> None:
     group = Ranks(Sizes())
     all_send(group)
-    entries = 2 * group.sizes.hidden + 8
-    offset = group.message_offset(source=2, slot=0) + entries
+    offset = group.message_offset(source=2, slot=0) + 8  # behind the header
     assert group.word(0, offset).value == 0  # entry 0: expert 0, which is rank 0's
     group.word(0, offset + 4).value = position
     group.dispatch_recv(0)
