@@ -37,18 +37,12 @@ Kernel pick(const Kernel (&table)[2][3], const Shape& shape) {
     return table[static_cast<int>(shape.wire)][width_class(shape.hidden)];
 }
 
-using RecvKernel = void (*)(DispatchRecvArgs);
-RecvKernel recv_kernel(const Shape& shape) {
-    const int vectors = MessageLayout::make(shape).lines * kVectorsPerLine;
-    return vectors <= kThreads ? dispatch_recv_kernel<1> : dispatch_recv_kernel<2>;
-}
-
 const void* kernel_of(int kernel, const Shape& shape) {
     switch (kernel) {
         case 0:
             return reinterpret_cast<const void*>(pick(kSendKernels, shape));
         case 1:
-            return reinterpret_cast<const void*>(recv_kernel(shape));
+            return reinterpret_cast<const void*>(&dispatch_recv_kernel);
         case 2:
             return reinterpret_cast<const void*>(pick(kFusedKernels, shape));
         case 3:
@@ -118,7 +112,10 @@ CudaRank::CudaRank(const Shape& shape, int rank, const std::vector<std::uintptr_
     for (int r = 0; r < shape.num_ranks; ++r) ctx_.heap[r] = reinterpret_cast<uint8_t*>(heaps[r]);
 
     const DeviceGuard guard(options.device);
-    for (int c = 0; c < shape.num_chains; ++c) views_.push_back(View::make(ctx_, c));
+    for (int c = 0; c < shape.num_chains; ++c) {
+        views_.push_back(View::make(ctx_, c));
+        views_.back().starts_early = options.pdl;
+    }
     const int64_t send = SendScratch::bytes(views_[0]);
     const int64_t recv = RecvScratch::bytes(views_[0]);
     scratch_ = {send, recv, std::max(send, recv), 0, 0, 0};
@@ -165,7 +162,7 @@ void CudaRank::dispatch_recv(int chain, const RecvTarget& target, int expected,
     const DeviceGuard guard(options_.device);
     const int64_t messages = static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected);
     const int grid = grid_for(messages, resident_[kDispatchRecv]);
-    launch(recv_kernel(ctx_.shape), {grid, scratch_[kDispatchRecv], stream, options_.pdl},
+    launch(dispatch_recv_kernel, {grid, scratch_[kDispatchRecv], stream, options_.pdl},
            DispatchRecvArgs{.target = target, .view = view(chain)});
 }
 

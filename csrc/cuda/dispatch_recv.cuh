@@ -10,23 +10,26 @@
 
 namespace ep {
 
-// Shared memory: two messages' metadata (all before the row) | rows[R][L] | messages[R] |
-// first_row[L + 1].
+// Shared memory: message | rows[R][L] | messages[R] | first_row[L + 1].
 struct RecvScratch {
-    uint8_t* metadata;  // two: of this message, and of the last, which may still be read
-    int32_t* rows;  // rows that source s sends for local expert x
+    uint64_t* message;
+    int32_t* rows;               // rows that source s sends for local expert x
     volatile int32_t* messages;  // that source s sends; kUnknown until its counts are here
-    int32_t* first_row;  // contiguous: first row of the expert
+    int32_t* first_row;          // contiguous: first row of the expert
 
     static constexpr int32_t kUnknown = 0x7fffffff;
 
+    static EP_HD int message_room(const View& view) {
+        return view.message_vectors / kVectorsPerLine * kLinePayload;
+    }
     static EP_HD int bytes(const View& view) {
-        return 2 * view.row_offset +
+        return message_room(view) +
                4 * (view.num_experts + view.num_ranks + view.local_experts + 1);
     }
     static __device__ __forceinline__ RecvScratch carve(uint8_t* smem, const View& view) {
-        auto* words = reinterpret_cast<int32_t*>(smem + 2 * view.row_offset);
-        return {smem, words, words + view.num_experts, words + view.num_experts + view.num_ranks};
+        auto* words = reinterpret_cast<int32_t*>(smem + message_room(view));
+        return {reinterpret_cast<uint64_t*>(smem), words, words + view.num_experts,
+                words + view.num_experts + view.num_ranks};
     }
 };
 
@@ -82,58 +85,54 @@ __device__ bool pull_counts(const View& view, uint64_t epoch, RecvScratch scratc
 
 enum class Pulled { kMessage, kNothing, kGaveUp };
 
-// A thread holds kHeld vectors of a message at once: base + u * kThreads + thread. Waits for held
-// vectors of the message in a slot, or for the news that the source sends fewer. Warp by warp.
-template <int kHeld>
-__device__ __forceinline__ Pulled pull_vectors(const View& view, Watch& watch, int source, int slot,
-                                               int base, uint64_t epoch, RecvScratch scratch,
-                                               ptx::Vector (&v)[kHeld]) {
+// Waits for the message in a slot, or for the news that the source sends fewer. Lays it out flat in
+// shared memory. Warp by warp; the caller synchronises.
+template <int U>
+__device__ Pulled pull_slot(const View& view, Watch& watch, int source, int slot, uint64_t epoch,
+                            RecvScratch scratch) {
+    const int num_vectors = view.message_vectors;
     const uint8_t* from = view.dispatch_in + static_cast<int64_t>(source * view.max_tokens + slot) *
                                                  view.message_stride;
     const bool tag_lane = holds_tag(threadIdx.x);
-    while (true) {
-        Missing missing{false, source, epoch, 0, nullptr};
+#pragma unroll 1
+    for (int base = 0; base < num_vectors; base += U * kThreads) {
+        ptx::Vector v[U];
+        while (true) {
+            Missing missing{false, source, epoch, 0, nullptr};
 #pragma unroll
-        for (int u = 0; u < kHeld; ++u) {
-            const int i = base + u * kThreads + threadIdx.x;
-            if (i < view.message_vectors) v[u] = ptx::load_line_vector(from + 16 * i);
-        }
+            for (int u = 0; u < U; ++u) {
+                const int i = base + u * kThreads + threadIdx.x;
+                if (i < num_vectors) v[u] = ptx::load_line_vector(from + 16 * i);
+            }
 #pragma unroll
-        for (int u = 0; u < kHeld; ++u) {
-            const int i = base + u * kThreads + threadIdx.x;
-            if (i < view.message_vectors && tag_lane && v[u].hi != epoch) {
-                missing.waiting = true;
-                missing.seen = v[u].hi;
-                missing.at = from + 16 * i;
+            for (int u = 0; u < U; ++u) {
+                const int i = base + u * kThreads + threadIdx.x;
+                if (i < num_vectors && tag_lane && v[u].hi != epoch) {
+                    missing.waiting = true;
+                    missing.seen = v[u].hi;
+                    missing.at = from + 16 * i;
+                }
+            }
+            if (!__any_sync(kFullWarp, missing.waiting)) break;
+            const int32_t announced = scratch.messages[source];
+            if (slot >= announced) return Pulled::kNothing;
+            // Once announced it will come; until then both must be watched.
+            const bool patient = announced != RecvScratch::kUnknown;
+            if (patient ? !wait_for_more(watch, missing) : watch.give_up(missing)) {
+                return Pulled::kGaveUp;
             }
         }
-        if (!__any_sync(kFullWarp, missing.waiting)) return Pulled::kMessage;
-        const int32_t announced = scratch.messages[source];
-        if (slot >= announced) return Pulled::kNothing;
-        // Once announced it will come; until then both must be watched.
-        const bool patient = announced != RecvScratch::kUnknown;
-        if (patient ? !wait_for_more(watch, missing) : watch.give_up(missing)) {
-            return Pulled::kGaveUp;
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            const int i = base + u * kThreads + threadIdx.x;
+            if (i >= num_vectors) continue;
+            const int g = first_granule(i);
+            scratch.message[g] = v[u].lo;
+            if (!holds_tag(i)) scratch.message[g + 1] = v[u].hi;
         }
     }
+    return Pulled::kMessage;
 }
-
-// Two lines carry fifteen aligned 16-byte units: of sixteen lanes all but the last hold the start
-// of one, and the odd line's lanes, which lie eight bytes off, borrow a half from the next lane.
-struct Unit {
-    int offset;  // in the message; -1: this lane has none
-    uint4 bytes;
-
-    static __device__ __forceinline__ Unit of(int vector, const ptx::Vector& v) {
-        const uint64_t next = __shfl_down_sync(kFullWarp, v.lo, 1);
-        const int p = vector & 15;
-        const uint64_t lo = p < 8 ? v.lo : v.hi;
-        const uint64_t hi = p < 7 ? v.hi : next;
-        const int offset = p == 15 ? -1 : 16 * ((vector >> 4) * 15 + p);
-        return {offset, make_uint4(static_cast<uint32_t>(lo), static_cast<uint32_t>(lo >> 32),
-                                   static_cast<uint32_t>(hi), static_cast<uint32_t>(hi >> 32))};
-    }
-};
 
 // CTA 0 tells the caller what came, and the others need it only for `contiguous`: first rows.
 __device__ void report_counts(const View& view, const RecvTarget& target, RecvScratch scratch) {
@@ -246,79 +245,45 @@ __device__ __forceinline__ void for_each_row(unsigned has_row, int row, Put put)
     }
 }
 
-// Where the current message's row goes: the same in every warp.
-struct Rows {
-    int mine;  // lane k: row of entry k, or -1
-    unsigned has;  // lanes that have one
-};
-
-__device__ __forceinline__ Rows place_message(const View& view, const RecvTarget& target,
-                                              int source, int slot, const Entry& entry,
-                                              RecvScratch scratch) {
-    int row = -1;
-    if (target.format != Format::kCompact) {
-        row = place_entry(view, target, source, entry, scratch);
-    } else if ((threadIdx.x & 31) == 0) {
-        row = messages_before(source, scratch) + slot;
-    }
-    return {row, __ballot_sync(kFullWarp, row >= 0)};
-}
-
-// From registers to every place the row has here: a unit is read once and stored once per expert.
-template <int kHeld>
-__device__ __forceinline__ void put_units(const View& view, const RecvTarget& target,
-                                          const Rows& rows, const Unit (&units)[kHeld]) {
-    const int64_t row_bytes = 16 * static_cast<int64_t>(view.row_vectors);
-    for_each_row(rows.has, rows.mine, [&](int64_t to) {
-        uint8_t* row = target.x + to * row_bytes - view.row_offset;
-#pragma unroll
-        for (int u = 0; u < kHeld; ++u) {
-            const int at = units[u].offset;
-            const bool is_row = at >= view.row_offset && at < view.message_bytes;
-            if (is_row) *reinterpret_cast<uint4*>(row + at) = units[u].bytes;
-        }
-    });
-}
-
-// One warp: the scales, from the metadata.
-__device__ __forceinline__ void put_scales(const View& view, const RecvTarget& target,
-                                           const Rows& rows, const uint8_t* metadata) {
-    const auto* scales = reinterpret_cast<const float*>(metadata + view.scales_offset);
+// Copies the message in shared memory to every place it has here. All threads.
+__device__ void fan_out(const View& view, const RecvTarget& target, int source, int slot,
+                        RecvScratch scratch) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(scratch.message);
+    const auto* entries = reinterpret_cast<const Entry*>(bytes + view.entries_offset);
     const int lane = threadIdx.x & 31;
+    const bool compact = target.format == Format::kCompact;
+    const Entry entry = lane < view.topk ? entries[lane] : Entry{-1, 0, 0.0f};
+    int row = -1;
+    if (compact) {
+        if (lane == 0) row = messages_before(source, scratch) + slot;
+    } else {
+        row = place_entry(view, target, source, entry, scratch);
+    }
+    const unsigned has_row = __ballot_sync(kFullWarp, row >= 0);
+
+    // A thread reads its piece once and stores it once for each of our experts.
+    auto* out = reinterpret_cast<uint4*>(target.x);
 #pragma unroll 1
-    for (int i = lane; i - lane < view.num_scales; i += 32) {
+    for (int base = 0; base < view.row_vectors; base += kThreads) {
+        const int i = base + threadIdx.x;
+        const bool mine = i < view.row_vectors;
+        const uint4 piece =
+            mine ? reinterpret_cast<const uint4*>(bytes + view.row_offset)[i] : uint4{};
+        for_each_row(has_row, row, [&](int64_t to) {
+            if (mine) out[to * view.row_vectors + i] = piece;
+        });
+    }
+    // The last warp has copied the least with most hidden sizes: it takes the scales.
+    const auto* scales = reinterpret_cast<const float*>(bytes + view.scales_offset);
+    const bool takes_scales = threadIdx.x >= kThreads - 32;
+#pragma unroll 1
+    for (int i = lane; takes_scales && i - lane < view.num_scales; i += 32) {
         const float scale = i < view.num_scales ? scales[i] : 0.0f;
-        for_each_row(rows.has, rows.mine, [&](int64_t to) {
+        for_each_row(has_row, row, [&](int64_t to) {
             if (i < view.num_scales) target.scales[to * view.num_scales + i] = scale;
         });
     }
-}
-
-// The message whose first vectors are in `units`; waits for the rest of a long one. All warps.
-template <int kHeld>
-__device__ __forceinline__ bool fan_out(const View& view, const RecvTarget& target, Watch& watch,
-                                        int source, int slot, uint64_t epoch,
-                                        const uint8_t* metadata, RecvScratch scratch,
-                                        Unit (&units)[kHeld]) {
-    const auto* entries = reinterpret_cast<const Entry*>(metadata + view.entries_offset);
-    const int lane = threadIdx.x & 31;
-    const Entry entry = lane < view.topk ? entries[lane] : Entry{-1, 0, 0.0f};
-    const Rows rows = place_message(view, target, source, slot, entry, scratch);
-    put_units(view, target, rows, units);
-#pragma unroll 1
-    for (int base = kHeld * kThreads; base < view.message_vectors; base += kHeld * kThreads) {
-        ptx::Vector v[kHeld] = {};
-        const Pulled pulled = pull_vectors(view, watch, source, slot, base, epoch, scratch, v);
-        if (pulled != Pulled::kMessage) return false;
-#pragma unroll
-        for (int u = 0; u < kHeld; ++u) {
-            units[u] = Unit::of(base + u * kThreads + static_cast<int>(threadIdx.x), v[u]);
-        }
-        put_units(view, target, rows, units);
-    }
-    if (threadIdx.x >= kThreads - 32) put_scales(view, target, rows, metadata);
-    if (threadIdx.x < 32) note_rows(view, target, source, slot, rows.mine, entry);
-    return true;
+    if (threadIdx.x < 32) note_rows(view, target, source, slot, row, entry);
 }
 
 // Compact: rows past the last message choose no expert.
@@ -345,9 +310,8 @@ __device__ inline void finish_dispatch(const View& view, uint64_t epoch, RecvScr
 }
 
 // The whole grid.
-template <int kHeld>
-__device__ __forceinline__ void dispatch_recv(const View& view, const RecvTarget& target,
-                                              uint64_t epoch, uint8_t* smem) {
+__device__ void dispatch_recv(const View& view, const RecvTarget& target, uint64_t epoch,
+                              uint8_t* smem) {
     const RecvScratch scratch = RecvScratch::carve(smem, view);
 #pragma unroll 1
     for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
@@ -357,25 +321,13 @@ __device__ __forceinline__ void dispatch_recv(const View& view, const RecvTarget
     bool ok = pull_counts(view, epoch, scratch);
     Watch watch{view, Op::kDispatch};
     bool counted = false;
-    int parity = 0;
 #pragma unroll 1
-    for (int item = blockIdx.x;; item += gridDim.x, parity ^= 1) {
+    for (int item = blockIdx.x;; item += gridDim.x) {
         const int slot = view.by_ranks(item);
         const int source = item - slot * view.num_ranks;
-        uint8_t* metadata = scratch.metadata + parity * view.row_offset;
-        ptx::Vector v[kHeld] = {};
         Pulled pulled = Pulled::kNothing;
         if (ok && slot < view.max_tokens) {
-            pulled = pull_vectors(view, watch, source, slot, 0, epoch, scratch, v);
-        }
-        Unit units[kHeld];
-#pragma unroll
-        for (int u = 0; u < kHeld; ++u) {
-            units[u] = Unit::of(u * kThreads + static_cast<int>(threadIdx.x), v[u]);
-            const int at = units[u].offset;
-            if (at >= 0 && at < view.row_offset) {
-                *reinterpret_cast<uint4*>(metadata + at) = units[u].bytes;
-            }
+            pulled = pull_slot<2>(view, watch, source, slot, epoch, scratch);
         }
         if (__syncthreads_or(!ok || pulled == Pulled::kGaveUp)) return;
         if (!counted) {  // the barrier above made every source's counts visible
@@ -384,14 +336,14 @@ __device__ __forceinline__ void dispatch_recv(const View& view, const RecvTarget
             counted = true;
         }
         if (slot < scratch.messages[source]) {
-            ok = fan_out(view, target, watch, source, slot, epoch, metadata, scratch, units);
+            fan_out(view, target, source, slot, scratch);
         }
         int most = 0;
 #pragma unroll 1
         for (int s = 0; s < view.num_ranks; ++s) most = max(most, scratch.messages[s]);
-        if (item + static_cast<int>(gridDim.x) >= most * view.num_ranks) break;
+        if (item + gridDim.x >= most * view.num_ranks) break;
+        __syncthreads();  // the message buffer is free again
     }
-    if (__syncthreads_or(!ok)) return;
     if (target.format == Format::kCompact) {
         clear_unused_rows(view, target, messages_before(view.num_ranks, scratch));
     }

@@ -17,6 +17,7 @@ struct View {
     int32_t num_ranks;
     int32_t rank;
     int32_t chain;
+    bool starts_early;  // launched with programmatic dependent launch
     int32_t num_experts;
     int32_t local_experts;
     int32_t topk;

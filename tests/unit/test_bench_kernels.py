@@ -46,8 +46,8 @@ def test_pack_quantises_and_places_rows_and_zeroes_the_counts(
     got, want = wire.views(rows), wire.views(expected)
     assert torch.equal(got.topk_idx, want.topk_idx)
     assert torch.equal(got.topk_weights, want.topk_weights)
-    # Neither its division nor its conversion to FP8 rounds as IEEE's does: some values (0.5 % here) land
-    # one step beside ours. A wrong scale or row would be off by far more.
+    # Neither its division nor its conversion to FP8 rounds as IEEE's does: some values land one
+    # step beside ours. A wrong scale or row would be off by far more.
     one, other = (dequantise(views.values, views.scales) for views in (got, want))
     assert (one - other).norm() < 1e-2 * other.norm()
 
