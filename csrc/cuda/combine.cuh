@@ -6,6 +6,7 @@
 // home.
 #pragma once
 
+#include "cuda/kernels.h"
 #include "cuda/lines.cuh"
 #include "ep/fp8.h"
 
@@ -15,17 +16,6 @@ namespace ep {
 // worked out by the receive. The inbox lets the caller reuse y between the send and the receive;
 // without it there is less to move.
 enum class OwnRows { kThroughInbox, kDirect };
-
-struct CombineInput {
-    const uint16_t* y;  // rows as the receive laid them out, BF16
-    int64_t row_stride;  // elements
-};
-
-struct CombineOutput {
-    uint16_t* out;  // [T, H]
-    int32_t num_tokens;
-    const int32_t* num_valid;  // device scalar; nullptr: all rows are real
-};
 
 // Eight channels' sums: two granules of four.
 struct Sum8 {

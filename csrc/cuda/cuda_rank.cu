@@ -5,52 +5,30 @@
 
 #include "cuda/device_guard.h"
 #include "cuda/error.h"
-#include "cuda/kernels.cuh"
+#include "cuda/kernels.h"
 
 namespace ep {
 namespace {
 
-constexpr int kInFlight = 2;  // ranks whose rows a combine waits for at once
-
-// Dispatch kernels by wire format and by row vectors of a thread (1, 2 or 4: hidden up to 4096,
-// 8192, 16384).
-using SendKernel = void (*)(DispatchSendArgs);
-using FusedKernel = void (*)(DispatchFusedArgs);
-constexpr Wire kB = Wire::kBf16;
-constexpr Wire kF = Wire::kFp8;
-const SendKernel kSendKernels[2][3] = {
-    {dispatch_send_kernel<kB, 1>, dispatch_send_kernel<kB, 2>, dispatch_send_kernel<kB, 5>},
-    {dispatch_send_kernel<kF, 1>, dispatch_send_kernel<kF, 2>, dispatch_send_kernel<kF, 5>},
-};
-const FusedKernel kFusedKernels[2][3] = {
-    {dispatch_fused_kernel<kB, 1>, dispatch_fused_kernel<kB, 2>, dispatch_fused_kernel<kB, 5>},
-    {dispatch_fused_kernel<kF, 1>, dispatch_fused_kernel<kF, 2>, dispatch_fused_kernel<kF, 5>},
-};
-
-int width_class(int hidden) {
-    const int vectors = static_cast<int>(ceil_div(hidden / 8, kStagingThreads));
-    return vectors <= 1 ? 0 : vectors <= 2 ? 1 : 2;
-}
-
-template <class Kernel>
-Kernel pick(const Kernel (&table)[2][3], const Shape& shape) {
-    return table[static_cast<int>(shape.wire)][width_class(shape.hidden)];
+DispatchKernels dispatch_kernels(const Shape& shape) {
+    return shape.wire == Wire::kFp8 ? fp8_dispatch_kernels(shape.hidden)
+                                    : bf16_dispatch_kernels(shape.hidden);
 }
 
 const void* kernel_of(int kernel, const Shape& shape) {
     switch (kernel) {
         case 0:
-            return reinterpret_cast<const void*>(pick(kSendKernels, shape));
+            return reinterpret_cast<const void*>(dispatch_kernels(shape).send);
         case 1:
-            return reinterpret_cast<const void*>(&dispatch_recv_kernel);
+            return reinterpret_cast<const void*>(dispatch_recv_kernel_ptr());
         case 2:
-            return reinterpret_cast<const void*>(pick(kFusedKernels, shape));
+            return reinterpret_cast<const void*>(dispatch_kernels(shape).fused);
         case 3:
-            return reinterpret_cast<const void*>(&combine_send_kernel);
+            return reinterpret_cast<const void*>(combine_kernels().send);
         case 4:
-            return reinterpret_cast<const void*>(&combine_recv_kernel<kInFlight>);
+            return reinterpret_cast<const void*>(combine_kernels().recv);
         default:
-            return reinterpret_cast<const void*>(&combine_fused_kernel<kInFlight>);
+            return reinterpret_cast<const void*>(combine_kernels().fused);
     }
 }
 
@@ -116,8 +94,8 @@ CudaRank::CudaRank(const Shape& shape, int rank, const std::vector<std::uintptr_
         views_.push_back(View::make(ctx_, c));
         views_.back().starts_early = options.pdl;
     }
-    const int64_t send = SendScratch::bytes(views_[0]);
-    const int64_t recv = RecvScratch::bytes(views_[0]);
+    const int64_t send = send_scratch_bytes(views_[0]);
+    const int64_t recv = recv_scratch_bytes(views_[0]);
     scratch_ = {send, recv, std::max(send, recv), 0, 0, 0};
     int num_sms = 0;
     EP_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, options.device));
@@ -152,7 +130,7 @@ const View& CudaRank::view(int chain) const {
 void CudaRank::dispatch_send(int chain, const SendInput& in, StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
     const int grid = 1 + grid_for(in.num_tokens, resident_[kDispatchSend] - 1);
-    launch(pick(kSendKernels, ctx_.shape), {grid, scratch_[kDispatchSend], stream, options_.pdl},
+    launch(dispatch_kernels(ctx_.shape).send, {grid, scratch_[kDispatchSend], stream, options_.pdl},
            DispatchSendArgs{
                .in = in, .stretch = stretch_of(in.num_tokens, grid), .view = view(chain)});
 }
@@ -162,7 +140,7 @@ void CudaRank::dispatch_recv(int chain, const RecvTarget& target, int expected,
     const DeviceGuard guard(options_.device);
     const int64_t messages = static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected);
     const int grid = grid_for(messages, resident_[kDispatchRecv]);
-    launch(dispatch_recv_kernel, {grid, scratch_[kDispatchRecv], stream, options_.pdl},
+    launch(dispatch_recv_kernel_ptr(), {grid, scratch_[kDispatchRecv], stream, options_.pdl},
            DispatchRecvArgs{.target = target, .view = view(chain)});
 }
 
@@ -174,7 +152,8 @@ void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& 
         std::max<int64_t>({2, messages, 1 + static_cast<int64_t>(in.num_tokens)});
     const int grid = grid_for(wanted, resident_[kDispatchFused]);
     if (grid < 2) throw CudaFailure("dispatch_fused needs two resident CTAs; allow more SMs");
-    launch(pick(kFusedKernels, ctx_.shape), {grid, scratch_[kDispatchFused], stream, options_.pdl},
+    launch(dispatch_kernels(ctx_.shape).fused,
+           {grid, scratch_[kDispatchFused], stream, options_.pdl},
            DispatchFusedArgs{.in = in,
                              .stretch = stretch_of(in.num_tokens, grid),
                              .target = target,
@@ -187,7 +166,7 @@ void CudaRank::combine_send(int chain, const uint16_t* y, int64_t row_stride, in
     const int64_t items =
         static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected) * combine_parts();
     const int grid = grid_for(items, resident_[kCombineSend]);
-    launch(combine_send_kernel, {grid, scratch_[kCombineSend], stream, options_.pdl},
+    launch(combine_kernels().send, {grid, scratch_[kCombineSend], stream, options_.pdl},
            CombineSendArgs{.in = {y, row_stride}, .view = view(chain)});
 }
 
@@ -196,7 +175,7 @@ void CudaRank::combine_recv(int chain, uint16_t* out, int num_tokens, const int3
     const DeviceGuard guard(options_.device);
     const int64_t items = static_cast<int64_t>(num_tokens) * combine_parts();
     const int grid = grid_for(items, resident_[kCombineRecv]);
-    launch(combine_recv_kernel<kInFlight>, {grid, scratch_[kCombineRecv], stream, options_.pdl},
+    launch(combine_kernels().recv, {grid, scratch_[kCombineRecv], stream, options_.pdl},
            CombineRecvArgs{.out = {out, num_tokens, num_valid}, .view = view(chain)});
 }
 
@@ -207,7 +186,7 @@ void CudaRank::combine_fused(int chain, const uint16_t* y, int64_t row_stride, u
     const int64_t others = std::max(1, ctx_.shape.num_ranks - 1);
     const int64_t rows = std::max<int64_t>(num_tokens, others * expected_tokens(expected));
     const int grid = grid_for(rows * combine_parts(), resident_[kCombineFused]);
-    launch(combine_fused_kernel<kInFlight>, {grid, scratch_[kCombineFused], stream, options_.pdl},
+    launch(combine_kernels().fused, {grid, scratch_[kCombineFused], stream, options_.pdl},
            CombineFusedArgs{
                .in = {y, row_stride}, .out = {out, num_tokens, num_valid}, .view = view(chain)});
 }

@@ -14,7 +14,7 @@ namespace ep {
 struct RecvScratch {
     uint64_t* message;
     int32_t* rows;               // rows that source s sends for local expert x
-    volatile int32_t* messages;  // that source s sends; kUnknown until its counts are here
+    int32_t* messages;   // that source s sends; kUnknown until its counts are here
     int32_t* first_row;          // contiguous: first row of the expert
 
     static constexpr int32_t kUnknown = 0x7fffffff;
@@ -69,7 +69,7 @@ __device__ bool pull_counts(const View& view, uint64_t epoch, RecvScratch scratc
             const int x = 2 * g - 2;
             const auto lo = static_cast<uint32_t>(granule);
             if (g == 0) {
-                scratch.messages[source] = checked_count(view, source, lo);
+                atomicExch(&scratch.messages[source], checked_count(view, source, lo));
                 return;
             }
             int32_t* rows = scratch.rows + source * local_experts;
@@ -81,6 +81,13 @@ __device__ bool pull_counts(const View& view, uint64_t epoch, RecvScratch scratc
         if (!holds_tag(i)) put(first_granule(i) + 1, v[0].hi);
     }
     return true;
+}
+
+// What the warps that pull counts have published so far. An atomic: they may be writing it now.
+__device__ __forceinline__ int32_t messages_so_far(int source, RecvScratch scratch) {
+    int32_t n = 0;
+    if ((threadIdx.x & 31) == 0) n = atomicOr(&scratch.messages[source], 0);
+    return __shfl_sync(kFullWarp, n, 0);
 }
 
 enum class Pulled { kMessage, kNothing, kGaveUp };
@@ -114,7 +121,7 @@ __device__ Pulled pull_slot(const View& view, Watch& watch, int source, int slot
                 }
             }
             if (!__any_sync(kFullWarp, missing.waiting)) break;
-            const int32_t announced = scratch.messages[source];
+            const int32_t announced = messages_so_far(source, scratch);
             if (slot >= announced) return Pulled::kNothing;
             // Once announced it will come; until then both must be watched.
             const bool patient = announced != RecvScratch::kUnknown;
