@@ -13,9 +13,9 @@ namespace ep {
 // Shared memory: message | rows[R][L] | messages[R] | first_row[L + 1].
 struct RecvScratch {
     uint64_t* message;
-    int32_t* rows;               // rows that source s sends for local expert x
+    int32_t* rows;       // that source s sends for local expert x
     int32_t* messages;   // that source s sends; kUnknown until its counts are here
-    int32_t* first_row;          // contiguous: first row of the expert
+    int32_t* first_row;  // contiguous: first row of the expert
 
     static constexpr int32_t kUnknown = 0x7fffffff;
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ int32_t checked_count(const View& view, int source, u
 
 // All counts messages into shared memory. Each warp takes 32 vectors of one source at a time, and
 // publishes the number of messages for the warps that already wait for rows. False: gave up.
-__device__ bool pull_counts(const View& view, uint64_t epoch, RecvScratch scratch) {
+__device__ inline bool pull_counts(const View& view, uint64_t epoch, RecvScratch scratch) {
     const int local_experts = view.local_experts;
     const int num_vectors = view.counts_vectors;
     const uint8_t* slots = view.counts_in + (epoch & 1) * view.num_ranks * view.counts_stride;
@@ -95,8 +95,8 @@ enum class Pulled { kMessage, kNothing, kGaveUp };
 // Waits for the message in a slot, or for the news that the source sends fewer. Lays it out flat in
 // shared memory. Warp by warp; the caller synchronises.
 template <int U>
-__device__ Pulled pull_slot(const View& view, Watch& watch, int source, int slot, uint64_t epoch,
-                            RecvScratch scratch) {
+__device__ inline Pulled pull_slot(const View& view, Watch& watch, int source, int slot,
+                                   uint64_t epoch, RecvScratch scratch) {
     const int num_vectors = view.message_vectors;
     const uint8_t* from = view.dispatch_in + static_cast<int64_t>(source * view.max_tokens + slot) *
                                                  view.message_stride;
@@ -142,7 +142,8 @@ __device__ Pulled pull_slot(const View& view, Watch& watch, int source, int slot
 }
 
 // CTA 0 tells the caller what came, and the others need it only for `contiguous`: first rows.
-__device__ void report_counts(const View& view, const RecvTarget& target, RecvScratch scratch) {
+__device__ inline void report_counts(const View& view, const RecvTarget& target,
+                                     RecvScratch scratch) {
     const int local_experts = view.local_experts;
 #pragma unroll 1
     for (int x = threadIdx.x; x < local_experts; x += kThreads) {
@@ -253,8 +254,8 @@ __device__ __forceinline__ void for_each_row(unsigned has_row, int row, Put put)
 }
 
 // Copies the message in shared memory to every place it has here. All threads.
-__device__ void fan_out(const View& view, const RecvTarget& target, int source, int slot,
-                        RecvScratch scratch) {
+__device__ inline void fan_out(const View& view, const RecvTarget& target, int source, int slot,
+                               RecvScratch scratch) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(scratch.message);
     const auto* entries = reinterpret_cast<const Entry*>(bytes + view.entries_offset);
     const int lane = threadIdx.x & 31;
@@ -294,7 +295,8 @@ __device__ void fan_out(const View& view, const RecvTarget& target, int source, 
 }
 
 // Compact: rows past the last message choose no expert.
-__device__ void clear_unused_rows(const View& view, const RecvTarget& target, int num_messages) {
+__device__ inline void clear_unused_rows(const View& view, const RecvTarget& target,
+                                         int num_messages) {
     const int topk = view.topk;
     const int64_t end = static_cast<int64_t>(view.max_messages) * topk;
     const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -317,8 +319,8 @@ __device__ inline void finish_dispatch(const View& view, uint64_t epoch, RecvScr
 }
 
 // The whole grid.
-__device__ void dispatch_recv(const View& view, const RecvTarget& target, uint64_t epoch,
-                              uint8_t* smem) {
+__device__ inline void dispatch_recv(const View& view, const RecvTarget& target, uint64_t epoch,
+                                     uint8_t* smem) {
     const RecvScratch scratch = RecvScratch::carve(smem, view);
 #pragma unroll 1
     for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
