@@ -350,7 +350,7 @@ __device__ inline void dispatch_recv(const View& view, const RecvTarget& target,
         int most = 0;
 #pragma unroll 1
         for (int s = 0; s < view.num_ranks; ++s) most = max(most, scratch.messages[s]);
-        if (item + gridDim.x >= most * view.num_ranks) break;
+        if (item + static_cast<int>(gridDim.x) >= most * view.num_ranks) break;
         __syncthreads();  // the message buffer is free again
     }
     if (target.format == Format::kCompact) {

@@ -89,8 +89,8 @@ __device__ __forceinline__ void announce_counts(const View& view, const SendInpu
 
 // One warp, entry k at lane k: the header, and the token's slot at every rank; then counts the
 // token.
-__device__ __forceinline__ void route_token(const View& view, const SendInput& in, int token,
-                                            int raw, float weight, SendScratch scratch) {
+__device__ __forceinline__ void route_token(const View& view, int token, int raw, float weight,
+                                            SendScratch scratch) {
     const int lane = threadIdx.x & 31;
     const Choice c = check_choice(view, raw, 0);
     auto* bytes = reinterpret_cast<uint8_t*>(scratch.message);
@@ -144,7 +144,7 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
     for (int t = first; t < last; ++t) {
         const bool more = t + 1 < last;
         if (routes) {
-            route_token(view, in, t, raw, weight, scratch);
+            route_token(view, t, raw, weight, scratch);
             entry += view.topk;
             if (more && has_entry) {
                 raw = in.expert(entry);

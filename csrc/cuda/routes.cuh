@@ -70,7 +70,8 @@ __device__ __forceinline__ Choice check_choice(const View& view, int raw, int fi
 __device__ __forceinline__ void clear_counts(const View& view, RouteCounts counts) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < view.num_experts; i += kThreads) counts.rows[i] = 0;
-    if (threadIdx.x < view.num_ranks) counts.messages[threadIdx.x] = 0;
+    const int r = static_cast<int>(threadIdx.x);
+    if (r < view.num_ranks) counts.messages[r] = 0;
 }
 
 // Adds tokens [0, end) to cleared counts; all warps of the CTA, the caller synchronises. A warp

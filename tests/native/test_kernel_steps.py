@@ -1,0 +1,45 @@
+"""The CUDA kernels' steps on a machine without a GPU: every CUDA thread a fibre of one CPU thread.
+
+The program (kernel_steps.cpp) runs the device code of csrc/cuda beside the host backend on the same
+inputs and wants the same bytes. What it cannot see is memory order: that is for runs on GPUs.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+from native_build import HERE, HOST_STEPS, build, host_sources
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sources = [HERE / "kernel_steps.cpp", *host_sources(*HOST_STEPS, "row_math")]
+    # The emulator stands before csrc on the include path, so that its ptx.cuh is found first.
+    flags = ["-O1", f"-I{HERE / 'emulator'}", "-Wno-unknown-pragmas"]
+    return build(tmp_path_factory.mktemp("kernels") / "kernel_steps", sources, *flags)
+
+
+@pytest.mark.parametrize("recv_format", [0, 1, 2], ids=["batched", "contiguous", "compact"])
+@pytest.mark.parametrize("wire", [0, 1], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("num_ranks", "hidden", "topk"),
+    [
+        pytest.param(1, 128, 1, id="one rank"),
+        pytest.param(2, 256, 4, id="two ranks"),
+        pytest.param(3, 384, 9, id="three ranks, more than eight choices"),
+        pytest.param(5, 128, 32, id="five ranks, most choices"),
+        pytest.param(2, 7168, 8, id="rows of a large model"),
+        pytest.param(2, 16384, 2, id="rows that a CTA takes in several passes"),
+    ],
+)
+def test_steps_give_the_host_backends_bytes(
+    program: Path, recv_format: int, wire: int, num_ranks: int, hidden: int, topk: int
+) -> None:
+    seed = random.randrange(1 << 31)
+    arguments = [str(n) for n in (recv_format, wire, num_ranks, hidden, topk, seed)]
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    assert done.stdout == "the kernels' steps and the host backend agree\n"
