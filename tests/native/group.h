@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "checks.h"
 #include "host/host_rank.h"
 #include "plain.h"
 
@@ -23,26 +24,6 @@ inline constexpr int kRanks = 4;
 inline constexpr int kChains = 2;
 inline constexpr int kAlignment = 8;
 inline constexpr uint8_t kPoison = 0xab;
-
-#define CHECK(condition)                                                         \
-    do {                                                                         \
-        if (!(condition)) {                                                      \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-            std::_Exit(1);                                                       \
-        }                                                                        \
-    } while (false)
-
-struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<uint8_t, Free>;
-
-inline Memory zeroed(int64_t num_bytes) {
-    const int64_t padded = ep::round_up(num_bytes, 128);
-    uint8_t* p = static_cast<uint8_t*>(std::aligned_alloc(128, padded));
-    std::memset(p, 0, padded);
-    return Memory(p);
-}
 
 // The memory of all ranks; ranks are threads.
 struct Group {

@@ -5,12 +5,8 @@
 //
 // Several steps on two chains, fused and split in turn, with other numbers of tokens on every rank
 // and entries that are missing, out of range or repeated.
-#include "emulator/emulator.h"
-// The emulator's names must be known before any device code.
-#include "cuda/begin.cuh"
-#include "cuda/combine.cuh"
-#include "cuda/dispatch_recv.cuh"
-#include "cuda/dispatch_send.cuh"
+#include "checks.h"
+#include "emulated_kernels.h"
 #include "host/host_rank.h"
 
 namespace {
@@ -21,28 +17,7 @@ constexpr int kChains = 2;
 constexpr int kSteps = 6;
 constexpr int kMaxTokensHere = 5;
 constexpr int kAlignment = 4;
-constexpr int kGrid = 3;  // fewer CTAs than tokens and messages: every loop goes round
 constexpr uint64_t kBudgetNs = 100'000'000'000ull;
-
-#define CHECK(condition)                                                         \
-    do {                                                                         \
-        if (!(condition)) {                                                      \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-            std::_Exit(1);                                                       \
-        }                                                                        \
-    } while (false)
-
-struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<uint8_t, Free>;
-
-Memory zeroed(int64_t bytes) {
-    const auto padded = static_cast<size_t>(round_up(bytes, 256));
-    auto* p = static_cast<uint8_t*>(std::aligned_alloc(256, padded));
-    std::memset(p, 0, padded);
-    return Memory(p);
-}
 
 // One backend's memory of all ranks.
 struct World {
@@ -123,80 +98,6 @@ struct Output {
     }
 };
 
-template <class Args>
-uint64_t begin_as(const View& view, Op op) {
-    Args args{};
-    args.view = view;
-    return begin(args, op);
-}
-
-// The kernels' bodies, for one rank (csrc/cuda/dispatch_kernels.cuh and the .cu files).
-struct Emulated {
-    View view;
-    Format format;
-
-    template <Wire kWire, int kRowVectors>
-    void send(const SendInput& in, uint64_t epoch, uint8_t* smem) const {
-        const int stretch = std::max(1, (in.num_tokens + kGrid - 2) / (kGrid - 1));
-        dispatch_send<kWire, kRowVectors>(view, in, stretch, epoch, smem);
-    }
-    void send(const SendInput& in, uint64_t epoch, uint8_t* smem) const {
-        const bool fp8 = view.num_scales > 0;
-        const int vectors = static_cast<int>(ceil_div(view.hidden / 8, kStagingThreads));
-        if (vectors <= 1)
-            return fp8 ? send<Wire::kFp8, 1>(in, epoch, smem)
-                       : send<Wire::kBf16, 1>(in, epoch, smem);
-        if (vectors <= 2)
-            return fp8 ? send<Wire::kFp8, 2>(in, epoch, smem)
-                       : send<Wire::kBf16, 2>(in, epoch, smem);
-        return fp8 ? send<Wire::kFp8, 5>(in, epoch, smem) : send<Wire::kBf16, 5>(in, epoch, smem);
-    }
-    emulator::Launch launch(std::function<void(uint8_t*)> body) const {
-        const int64_t shared = std::max(SendScratch::bytes(view), RecvScratch::bytes(view));
-        return {kGrid, kThreads, shared, std::move(body)};
-    }
-    emulator::Launch dispatch_send_kernel(SendInput in) const {
-        return launch([=, this](uint8_t* smem) {
-            const uint64_t epoch = begin_as<DispatchSendArgs>(view, Op::kDispatch);
-            if (reports()) check_dispatch_order(view);
-            send(in, epoch, smem);
-        });
-    }
-    emulator::Launch dispatch_recv_kernel(RecvTarget target) const {
-        return launch([=, this](uint8_t* smem) {
-            dispatch_recv(view, target, begin_as<DispatchRecvArgs>(view, Op::kDispatch), smem);
-        });
-    }
-    emulator::Launch dispatch_fused_kernel(SendInput in, RecvTarget target) const {
-        return launch([=, this](uint8_t* smem) {
-            const uint64_t epoch = begin_as<DispatchFusedArgs>(view, Op::kDispatch);
-            if (reports()) check_dispatch_order(view);
-            send(in, epoch, smem);
-            __syncthreads();
-            dispatch_recv(view, target, epoch, smem);
-        });
-    }
-    emulator::Launch combine_send_kernel(CombineInput in) const {
-        return launch([=, this](uint8_t*) {
-            const uint64_t epoch = begin_as<CombineSendArgs>(view, Op::kCombine);
-            if (reports()) check_combine_order(view);
-            combine_send(view, in, epoch);
-        });
-    }
-    emulator::Launch combine_recv_kernel(CombineOutput out) const {
-        return launch([=, this](uint8_t*) {
-            combine_recv<2>(view, out, begin_as<CombineRecvArgs>(view, Op::kCombine));
-        });
-    }
-    emulator::Launch combine_fused_kernel(CombineInput in, CombineOutput out) const {
-        return launch([=, this](uint8_t*) {
-            const uint64_t epoch = begin_as<CombineFusedArgs>(view, Op::kCombine);
-            if (reports()) check_combine_order(view);
-            combine_both<2>(view, in, out, epoch);
-        });
-    }
-};
-
 struct Test {
     Shape shape;
     Format format;
@@ -225,7 +126,7 @@ struct Test {
     template <class Make>
     void on_all(int chain, Make make) {
         std::vector<Emulated> ranks;
-        for (const Context& ctx : contexts) ranks.push_back({View::make(ctx, chain), format});
+        for (const Context& ctx : contexts) ranks.push_back({View::make(ctx, chain)});
         std::vector<emulator::Launch> launches;
         for (size_t r = 0; r < ranks.size(); ++r) launches.push_back(make(ranks[r], r));
         emulator::run(launches, random);
@@ -316,7 +217,7 @@ void check_absent_rank(const Shape& shape, Format format) {
     const Input input = draw(shape, test.random);
     std::vector<Output> outputs(absent + 1, Output(shape));
     std::vector<Emulated> ranks;
-    for (const Context& ctx : test.contexts) ranks.push_back({View::make(ctx, 0), format});
+    for (const Context& ctx : test.contexts) ranks.push_back({View::make(ctx, 0)});
     std::vector<emulator::Launch> launches;
     for (size_t r = 0; r < absent; ++r) {
         launches.push_back(

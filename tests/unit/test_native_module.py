@@ -93,10 +93,9 @@ def test_layout_holds_everything_in_whole_lines(
         wire=_C.WIRE_FP8 if fp8 else _C.WIRE_BF16,
     )
     layout = _C.layout(shape)
-    row = hidden + 4 * groups if fp8 else 2 * hidden
+    metadata = 8 + 12 * topk + (4 * groups if fp8 else 0)
     payload = layout["message_bytes"]
-    assert payload in (row + 8 + 12 * topk, row + 12 + 12 * topk)
-    assert payload % 8 == 0
+    assert payload == -(-metadata // 16) * 16 + (hidden if fp8 else 2 * hidden)
     assert layout["message_stride"] == 128 * layout["message_lines"] == 128 * -(-payload // 120)
     assert layout["combine_stride"] == 128 * -(-2 * hidden // 120)
     slots = num_ranks * max_tokens * (layout["message_stride"] + layout["combine_stride"])

@@ -1,0 +1,149 @@
+// The receiver's view of what comes: counts of every source in shared memory, and what follows from
+// them.
+#pragma once
+
+#include "cuda/lines.cuh"
+
+namespace ep {
+
+// Shared memory: message | rows[R][L] | messages[R] | first_row[L + 1].
+struct RecvScratch {
+    uint64_t* message;
+    int32_t* rows;  // that source s sends for local expert x
+    int32_t* messages;  // that source s sends; kUnknown until its counts are here
+    int32_t* first_row;  // contiguous: first row of the expert
+
+    static constexpr int32_t kUnknown = 0x7fffffff;
+
+    static EP_HD int message_room(const View& view) {
+        return view.message_vectors / kVectorsPerLine * kLinePayload;
+    }
+    static EP_HD int bytes(const View& view) {
+        return message_room(view) +
+               4 * (view.num_experts + view.num_ranks + view.local_experts + 1);
+    }
+    static __device__ __forceinline__ RecvScratch carve(uint8_t* smem, const View& view) {
+        auto* words = reinterpret_cast<int32_t*>(smem + message_room(view));
+        return {reinterpret_cast<uint64_t*>(smem), words, words + view.num_experts,
+                words + view.num_experts + view.num_ranks};
+    }
+};
+
+// A peer's numbers index our memory: never beyond the inbox.
+__device__ __forceinline__ int32_t checked_count(const View& view, int source, uint32_t n) {
+    const auto limit = static_cast<uint32_t>(view.max_tokens);
+    if (n <= limit) return static_cast<int32_t>(n);
+    if (blockIdx.x == 0) fail(view, FaultCode::kCount, Op::kDispatch, source, limit, n);
+    return static_cast<int32_t>(limit);
+}
+
+// All counts messages into shared memory. Each warp takes 32 vectors of one source at a time, and
+// publishes the number of messages for the warps that already wait for rows. False: gave up.
+__device__ inline bool pull_counts(const View& view, uint64_t epoch, RecvScratch scratch) {
+    const int local_experts = view.local_experts;
+    const int num_vectors = view.counts_vectors;
+    const uint8_t* slots = view.counts_in + (epoch & 1) * view.num_ranks * view.counts_stride;
+    const int chunks = (num_vectors + 31) / 32;
+    const int lane = threadIdx.x & 31;
+    const uint64_t start = blockIdx.x == 0 ? ptx::global_timer_ns() : 0;
+    Watch watch{view, Op::kDispatch};
+#pragma unroll 1
+    for (int source = 0, task = threadIdx.x / 32; task < view.num_ranks * chunks;
+         task += kThreads / 32) {
+        while (task >= (source + 1) * chunks) ++source;
+        const int i = (task - source * chunks) * 32 + lane;
+        const uint8_t* from[1] = {i < num_vectors ? slots + source * view.counts_stride + 16 * i
+                                                  : nullptr};
+        const int peers[1] = {source};
+        ptx::Vector v[1];
+        if (!await_vectors<1>(watch, from, peers, holds_tag(lane), epoch, v)) return false;
+        if (blockIdx.x == 0 && i == 0) {
+            view.stats->wait_ns[source] = ptx::global_timer_ns() - start;
+        }
+        if (from[0] == nullptr) continue;
+        const auto put = [&](int g, uint64_t granule) {
+            const int x = 2 * g - 2;
+            const auto lo = static_cast<uint32_t>(granule);
+            if (g == 0) {
+                atomicExch(&scratch.messages[source], checked_count(view, source, lo));
+                return;
+            }
+            int32_t* rows = scratch.rows + source * local_experts;
+            if (x < local_experts) rows[x] = checked_count(view, source, lo);
+            const auto hi = static_cast<uint32_t>(granule >> 32);
+            if (x + 1 < local_experts) rows[x + 1] = checked_count(view, source, hi);
+        };
+        put(first_granule(i), v[0].lo);
+        if (!holds_tag(i)) put(first_granule(i) + 1, v[0].hi);
+    }
+    return true;
+}
+
+// What the warps that pull counts have published so far. An atomic: they may be writing it now.
+__device__ __forceinline__ int32_t messages_so_far(int source, RecvScratch scratch) {
+    int32_t n = 0;
+    if ((threadIdx.x & 31) == 0) n = atomicOr(&scratch.messages[source], 0);
+    return __shfl_sync(kFullWarp, n, 0);
+}
+
+// CTA 0 tells the caller what came, and the others need it only for `contiguous`: first rows.
+__device__ inline void report_counts(const View& view, const RecvTarget& target,
+                                     RecvScratch scratch) {
+    const int local_experts = view.local_experts;
+#pragma unroll 1
+    for (int x = threadIdx.x; x < local_experts; x += kThreads) {
+        int32_t sum = 0;
+#pragma unroll 1
+        for (int s = 0; s < view.num_ranks; ++s) sum += scratch.rows[s * local_experts + x];
+        target.recv_count[x] = sum;
+    }
+#pragma unroll 1
+    for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
+        view.received[s] = scratch.messages[s];
+        target.num_messages[s] = scratch.messages[s];
+    }
+}
+
+// Contiguous: the first row of every expert, each a multiple of the alignment. Synchronises.
+__device__ inline void place_experts(const View& view, const RecvTarget& target,
+                                     RecvScratch scratch) {
+    const int local_experts = view.local_experts;
+    const int lane = threadIdx.x & 31;
+    if (threadIdx.x < 32) {
+        int32_t carried = 0;
+#pragma unroll 1
+        for (int base = 0; base < local_experts; base += 32) {
+            const int x = base + lane;
+            int32_t own = 0;
+#pragma unroll 1
+            for (int s = 0; s < view.num_ranks && x < local_experts; ++s) {
+                own += scratch.rows[s * local_experts + x];
+            }
+            own = static_cast<int32_t>(round_up(own, target.alignment));
+            int32_t sum = own;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const int32_t other = __shfl_up_sync(kFullWarp, sum, step);
+                if (lane >= step) sum += other;
+            }
+            if (x < local_experts) scratch.first_row[x] = carried + sum - own;
+            carried += __shfl_sync(kFullWarp, sum, 31);
+        }
+        if (lane == 0) scratch.first_row[local_experts] = carried;
+    }
+    __syncthreads();
+    if (blockIdx.x != 0) return;
+#pragma unroll 1
+    for (int x = threadIdx.x; x <= local_experts; x += kThreads) {
+        target.expert_offset[x] = scratch.first_row[x];
+    }
+}
+
+__device__ __forceinline__ int messages_before(int source, RecvScratch scratch) {
+    int sum = 0;
+#pragma unroll 1
+    for (int s = 0; s < source; ++s) sum += scratch.messages[s];
+    return sum;
+}
+
+}  // namespace ep
