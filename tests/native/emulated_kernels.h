@@ -11,8 +11,6 @@
 
 namespace ep {
 
-inline constexpr int kGrid = 3;  // fewer CTAs than tokens and messages: every loop goes round
-
 template <class Args>
 uint64_t begin_as(const View& view, Op op) {
     Args args{};
@@ -23,10 +21,11 @@ uint64_t begin_as(const View& view, Op op) {
 // The kernels' bodies, for one rank (csrc/cuda/dispatch_kernels.cuh and the .cu files).
 struct Emulated {
     View view;
+    int grid;
 
     template <Wire kWire, int kRowVectors>
     void send(const SendInput& in, uint64_t epoch, uint8_t* smem) const {
-        const int stretch = std::max(1, (in.num_tokens + kGrid - 2) / (kGrid - 1));
+        const int stretch = std::max(1, (in.num_tokens + grid - 2) / (grid - 1));
         dispatch_send<kWire, kRowVectors>(view, in, stretch, epoch, smem);
     }
     void send(const SendInput& in, uint64_t epoch, uint8_t* smem) const {
@@ -42,7 +41,7 @@ struct Emulated {
     }
     emulator::Launch launch(std::function<void(uint8_t*)> body) const {
         const int64_t shared = std::max(SendScratch::bytes(view), RecvScratch::bytes(view));
-        return {kGrid, kThreads, shared, std::move(body)};
+        return {grid, kThreads, shared, std::move(body)};
     }
     emulator::Launch dispatch_send_kernel(SendInput in) const {
         return launch([=, this](uint8_t* smem) {

@@ -1,7 +1,7 @@
 // The CUDA steps, emulated, beside the host backend: the same inputs must give the same bytes.
 //
-//   kernel_steps FORMAT WIRE RANKS HIDDEN TOPK SEED        (0 batched, 1 contiguous, 2 compact; 0
-//   BF16, 1 FP8)
+//   kernel_steps FORMAT WIRE RANKS HIDDEN TOPK CTAS SEED        (0 batched, 1 contiguous, 2
+//   compact; 0 BF16, 1 FP8)
 //
 // Several steps on two chains, fused and split in turn, with other numbers of tokens on every rank
 // and entries that are missing, out of range or repeated.
@@ -101,12 +101,14 @@ struct Output {
 struct Test {
     Shape shape;
     Format format;
+    int grid;
     std::mt19937 random;
     World device{shape}, host{shape};
     std::vector<Context> contexts;
     std::vector<std::unique_ptr<host::HostRank>> hosts;
 
-    Test(const Shape& s, Format f, unsigned seed) : shape(s), format(f), random(seed) {
+    Test(const Shape& s, Format f, int num_ctas, unsigned seed)
+        : shape(s), format(f), grid(num_ctas), random(seed) {
         for (int r = 0; r < s.num_ranks; ++r) {
             Context ctx{};
             ctx.set_shape(s);
@@ -126,7 +128,7 @@ struct Test {
     template <class Make>
     void on_all(int chain, Make make) {
         std::vector<Emulated> ranks;
-        for (const Context& ctx : contexts) ranks.push_back({View::make(ctx, chain)});
+        for (const Context& ctx : contexts) ranks.push_back({View::make(ctx, chain), grid});
         std::vector<emulator::Launch> launches;
         for (size_t r = 0; r < ranks.size(); ++r) launches.push_back(make(ranks[r], r));
         emulator::run(launches, random);
@@ -207,8 +209,8 @@ struct Test {
 };
 
 // A rank that never comes: the others name it, tell each other, and end; so does what follows.
-void check_absent_rank(const Shape& shape, Format format) {
-    Test test(shape, format, 1);
+void check_absent_rank(const Shape& shape, Format format, int grid) {
+    Test test(shape, format, grid, 1);
     const auto absent = static_cast<size_t>(shape.num_ranks - 1);
     const uint64_t budget_ns = 50'000'000;
     for (const Context& ctx : test.contexts) {
@@ -217,7 +219,7 @@ void check_absent_rank(const Shape& shape, Format format) {
     const Input input = draw(shape, test.random);
     std::vector<Output> outputs(absent + 1, Output(shape));
     std::vector<Emulated> ranks;
-    for (const Context& ctx : test.contexts) ranks.push_back({View::make(ctx, 0)});
+    for (const Context& ctx : test.contexts) ranks.push_back({View::make(ctx, 0), test.grid});
     std::vector<emulator::Launch> launches;
     for (size_t r = 0; r < absent; ++r) {
         launches.push_back(
@@ -242,8 +244,8 @@ void check_absent_rank(const Shape& shape, Format format) {
 }
 
 // Twice the same half: recorded, and nobody hangs.
-void check_order(const Shape& shape, Format format) {
-    Test test(shape, format, 2);
+void check_order(const Shape& shape, Format format, int grid) {
+    Test test(shape, format, grid, 2);
     test.step(0, true);
     const std::vector<uint16_t> y(Output::rows_of(shape) * shape.hidden);
     test.on_all(0, [&](const Emulated& e, size_t) {
@@ -259,7 +261,7 @@ void check_order(const Shape& shape, Format format) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    CHECK(argc == 7);
+    CHECK(argc == 8);
     const auto argument = [&](int i) { return std::atoi(argv[i]); };
     const int num_ranks = argument(3);
     const Shape shape{.num_ranks = num_ranks,
@@ -270,10 +272,12 @@ int main(int argc, char** argv) {
                       .num_chains = kChains,
                       .wire = static_cast<Wire>(argument(2))};
     CHECK(invalid_reason(shape) == nullptr);
-    Test test(shape, static_cast<Format>(argument(1)), static_cast<unsigned>(argument(6)));
+    const auto format = static_cast<Format>(argument(1));
+    const int grid = argument(6);
+    Test test(shape, format, grid, static_cast<unsigned>(argument(7)));
     for (int i = 0; i < kSteps; ++i) test.step(i % kChains, i % 4 < 2);
     test.compare_state();
-    if (num_ranks > 1) check_absent_rank(shape, static_cast<Format>(argument(1)));
-    check_order(shape, static_cast<Format>(argument(1)));
+    if (num_ranks > 1) check_absent_rank(shape, format, grid);
+    check_order(shape, format, grid);
     std::puts("the kernels' steps and the host backend agree");
 }

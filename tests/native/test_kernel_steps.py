@@ -38,8 +38,18 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_steps_give_the_host_backends_bytes(
     program: Path, recv_format: int, wire: int, num_ranks: int, hidden: int, topk: int
 ) -> None:
+    # Three CTAs are fewer than tokens and messages: every loop goes round.
+    compare(program, recv_format, wire, num_ranks, hidden, topk, ctas=3)
+
+
+@pytest.mark.slow
+def test_many_ctas_that_wait_quietly(program: Path) -> None:
+    compare(program, 0, 1, 2, 128, 2, ctas=50)
+
+
+def compare(program: Path, *sizes: int, ctas: int) -> None:
     seed = random.randrange(1 << 31)
-    arguments = [str(n) for n in (recv_format, wire, num_ranks, hidden, topk, seed)]
+    arguments = [str(n) for n in (*sizes, ctas, seed)]
     done = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     assert done.stdout == "the kernels' steps and the host backend agree\n"
