@@ -76,7 +76,6 @@ void bind_rank(py::module_& m) {
                  const ChainState s = rank.read_state(chain);
                  return py::make_tuple(s.dispatched, s.combined);
              })
-        .def("resident_ctas", &CudaRank::resident_ctas)
         .def("reset", &CudaRank::reset, NoGil());
 }
 

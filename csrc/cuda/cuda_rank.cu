@@ -32,9 +32,6 @@ const void* kernel_of(int kernel, const Shape& shape) {
     }
 }
 
-constexpr const char* kKernelNames[] = {"dispatch_send", "dispatch_recv", "dispatch_fused",
-                                        "combine_send",  "combine_recv",  "combine_fused"};
-
 struct Launch {
     int grid;
     int64_t scratch_bytes;
@@ -220,12 +217,6 @@ void CudaRank::reset() const {
     EP_CUDA(cudaMemset(ctx_.local + LocalLayout::kClaimOffset, 0,
                        static_cast<size_t>(ctx_.local_layout.bytes - LocalLayout::kClaimOffset)));
     EP_CUDA(cudaDeviceSynchronize());
-}
-
-std::map<std::string, int> CudaRank::resident_ctas() const {
-    std::map<std::string, int> out;
-    for (int k = 0; k < kNumKernels; ++k) out[kKernelNames[k]] = resident_[k];
-    return out;
 }
 
 }  // namespace ep

@@ -3,8 +3,6 @@
 
 #include <array>
 #include <cstdint>
-#include <map>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -45,9 +43,6 @@ class CudaRank {
     StepStats read_stats(int chain) const;
     ChainState read_state(int chain) const;
     void reset() const;
-
-    // CTAs that fit on the SMs this rank may use, by kernel name.
-    std::map<std::string, int> resident_ctas() const;
 
   private:
     enum Kernel {

@@ -3,7 +3,8 @@
 // way.
 //
 // Nothing here traps: an operation that cannot finish records why, sets the abort word on itself
-// and on its peers, and returns; later operations see the word and return at once.
+// and on its peers, and returns. Later operations report the word, send what nobody reads, and end
+// every wait at its first check (begin.cuh says why they do not stop sooner).
 #pragma once
 
 #include "cuda/ptx.cuh"

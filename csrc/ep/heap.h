@@ -28,7 +28,6 @@ struct Context {
         by_local_experts = FastDiv::by(static_cast<uint32_t>(local_experts));
         by_topk = FastDiv::by(static_cast<uint32_t>(s.topk));
     }
-    EP_HD int owner_of(int expert) const { return by_local_experts(expert); }
 
     EP_HD uint64_t* abort_word(int r) const {
         return reinterpret_cast<uint64_t*>(heap[r] + HeapLayout::kAbortOffset);

@@ -20,9 +20,10 @@ from ep_runtime.bench.peers.wire import Wire, pack_rows
 from ep_runtime.bench.traffic import Traffic
 from ep_runtime.reference import SCALE_GROUP
 
-# A user's quantise kernel rounds its own way: in a group of 128 channels a few values land one FP8
-# step beside the reference's, a sixteenth of a large value each. One wrong row of eight is 0.3.
-OWN_QUANTISER_LIMIT = 8e-2
+# A user's quantise kernel divides with an error of an ulp. Where 448 / amax is a power of two, BF16
+# channels are often exact ties of FP8, and that ulp sends all of them one step the other way: up to
+# 3.9e-2 of a group of 128 channels, BF16's roundings aside. One wrong row of eight is 0.3.
+OWN_QUANTISER_LIMIT = 5e-2
 
 Additions = Literal["", "quantise", "kernels"]
 RECV_FORMAT: dict[Additions, str] = {"": "rank-major", "quantise": "compact", "kernels": "batched"}
