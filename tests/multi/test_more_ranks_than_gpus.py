@@ -1,4 +1,4 @@
-"""4 and 8 ranks as real processes on fewer GPUs, under NVIDIA's MPS daemon.
+"""2, 4 and 8 ranks as real processes on one GPU or two, under NVIDIA's MPS daemon.
 
 Every process gets its share of the SMs, so that one rank's waits cannot keep another's sends from
 starting; without the daemon ranks of one GPU would take turns, milliseconds at a time.
@@ -24,7 +24,7 @@ from support import (
 
 from ep_runtime import EpConfig, reference
 
-pytestmark = pytest.mark.multi
+pytestmark = pytest.mark.gpu
 
 CONTROL = "nvidia-cuda-mps-control"
 
@@ -49,7 +49,7 @@ def share_of(num_ranks: int) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("num_ranks", [4, 8])
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_processes_that_share_gpus_match_the_reference(mps: dict[str, str], num_ranks: int) -> None:
     pool = ProcessPool(
         num_ranks, "cuda", environment={**mps, **share_of(num_ranks), "EP_MEMORY": "ipc"}
