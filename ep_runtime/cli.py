@@ -182,3 +182,22 @@ def info() -> None:
     print("\nenvironment variables (default): meaning")
     for name, default, meaning in env.documentation():
         print(f"  {name} ({default or 'unset'}): {meaning}")
+
+
+@app.command()
+def tune(
+    ranks: Annotated[int, typer.Option(help="Ranks [default: one per GPU]")] = 0,
+    tokens: Annotated[int, typer.Option(help="Tokens per rank.")] = 4096,
+    hidden: Annotated[int, typer.Option(help="Channels of a row.")] = 7168,
+    path: Annotated[
+        Path | None, typer.Option(help="File to write [default: EP_TUNED, or in ~/.cache]")
+    ] = None,
+) -> None:
+    """Measure how many SMs the normal operations need here; buffers built later use it."""
+    from rich.console import Console
+
+    from ep_runtime.bench import tune as tuning
+    from ep_runtime.bench.normal_options import NormalOptions
+
+    options = NormalOptions(ranks=ranks, tokens=(tokens,), hidden=hidden, sms=tuning.SMS)
+    raise typer.Exit(tuning.main(options, path, Console()))

@@ -22,6 +22,12 @@ def low_latency(context: typer.Context) -> None:
     pass_on("low-latency", context)
 
 
+@app.command("normal", context_settings=PASS_ON)
+def normal(context: typer.Context) -> None:
+    """Dispatch and combine at prefill sizes, over the number of SMs, beside its peers."""
+    pass_on("normal", context)
+
+
 @app.command("link", context_settings=PASS_ON)
 def link(context: typer.Context) -> None:
     """What the link between two GPUs carries."""

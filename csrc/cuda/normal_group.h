@@ -1,0 +1,156 @@
+// Normal operations as the launcher sees them: what a kernel knows of a rank, arguments, sizes.
+//
+// Launch contract of dispatch and combine: one CTA an SM, with the shared memory below. A CTA waits
+// for peers, never for another CTA of its kernel, so that they need not run at the same time.
+#pragma once
+
+#include "cuda/view.h"
+#include "ep/normal_tensors.h"
+
+namespace ep::normal {
+
+// Waits and faults are those of the low-latency kernels: `waits` has the fields that watch.cuh
+// reads, with control heaps where heaps are.
+struct Group {
+    View waits;
+    ControlLayout control;
+    State* state;
+    int64_t data_bytes;  // of every data heap
+    uint8_t* data[kMaxRanks];
+
+    EP_HD int num_ranks() const { return waits.num_ranks; }
+    EP_HD int rank() const { return waits.rank; }
+    // In `owner`'s control heap, the words of rank `source`.
+    EP_HD uint8_t* notify_slot(int owner, uint64_t epoch, int source) const {
+        const int64_t slot = static_cast<int64_t>(epoch & 1) * num_ranks() + source;
+        return waits.peer[owner] + control.notify_offset + slot * control.notify_stride;
+    }
+    EP_HD Credit* credit(int64_t offset, int owner, int source) const {
+        return reinterpret_cast<Credit*>(waits.peer[owner] + offset + source * kLine);
+    }
+    EP_HD uint64_t* done(int owner, int source) const {
+        return reinterpret_cast<uint64_t*>(waits.peer[owner] + control.done_offset +
+                                           source * kLine);
+    }
+    EP_HD uint64_t* chunk(int owner, int source, int index) const {
+        return reinterpret_cast<uint64_t*>(waits.peer[owner] + control.chunk_offset) +
+               source * kNumChunks + index;
+    }
+
+    static Group make(int num_ranks, int rank, int max_experts, const uintptr_t* control_heaps,
+                      const uintptr_t* data_heaps, int64_t data_bytes, uintptr_t local,
+                      uintptr_t faults) {
+        Group g{};
+        g.data_bytes = data_bytes;
+        g.control = ControlLayout::make(num_ranks, max_experts);
+        g.state = reinterpret_cast<State*>(local);
+        g.waits.num_ranks = num_ranks;
+        g.waits.rank = rank;
+        g.waits.num_experts = max_experts;
+        g.waits.budget_ns = &g.state->budget_ns;
+        g.waits.fault_claim = &g.state->fault_claim;
+        g.waits.dropped_entries = &g.state->dropped_entries;
+        g.waits.faults = reinterpret_cast<FaultBoard*>(faults);
+        for (int r = 0; r < num_ranks; ++r) {
+            g.waits.peer[r] = reinterpret_cast<uint8_t*>(control_heaps[r]);
+            g.data[r] = reinterpret_cast<uint8_t*>(data_heaps[r]);
+        }
+        return g;
+    }
+};
+
+// Each kernel's word among State::tickets.
+enum Ticket { kDispatchTicket, kCombineTicket };
+
+// Ranks to a lane where lanes stand for ranks.
+inline constexpr int kRounds = static_cast<int>(ceil_div(kMaxRanks, 32));
+
+// Rows travel in pieces of equal size, but for the last.
+struct Pieces {
+    int32_t count;
+    int32_t bytes;
+
+    EP_HD int bytes_of(int piece, int64_t row_bytes) const {
+        const int64_t left = row_bytes - static_cast<int64_t>(piece) * bytes;
+        return left < bytes ? static_cast<int>(left) : bytes;
+    }
+    static Pieces make(int64_t row_bytes);
+};
+
+inline constexpr int kStageBytes = 7168;
+inline constexpr int kCountThreads = 512;  // layout, notify: kThreads, as lines want it
+
+// Dispatch: eight warps that send.
+inline constexpr int kDispatchWarps = 8;
+inline constexpr int kDispatchStages = 4;
+inline constexpr int kDispatchAhead = 2;  // loads in flight behind the stage in use
+
+// Combine: a few warps send, the others add up.
+inline constexpr int kCombineThreads = 512;
+inline constexpr int kSendWarps = 4;
+inline constexpr int kReduceWarps = kCombineThreads / 32 - kSendWarps;
+inline constexpr int kCombineStages = 8;
+inline constexpr int kCombineAhead = 3;
+
+inline Pieces Pieces::make(int64_t row_bytes) {
+    const int64_t count = ceil_div(row_bytes, kStageBytes);
+    return {static_cast<int32_t>(count),
+            static_cast<int32_t>(round_up(ceil_div(row_bytes, count), kRowMultiple))};
+}
+
+struct LayoutArgs {
+    NormalRoutes routes;
+    int32_t num_tokens;
+    FastDiv by_local_experts;
+    NormalLayout into;  // counts are zero when the kernel starts
+    Group group;
+};
+struct NotifyArgs {
+    NormalLayout layout;
+    int32_t num_tokens;
+    int32_t stretch;  // tokens of one CTA; CTA 0 has none
+    int32_t local_experts;
+    int32_t alignment;
+    NormalTables tables;
+    int32_t* recv_counts;
+    int32_t* host_counts;  // nullptr: the host does not ask
+    Group group;
+};
+struct DispatchArgs {
+    NormalRows rows;
+    NormalRoutes routes;
+    NormalTables tables;
+    Pieces pieces;
+    int32_t local_experts;
+    int64_t block_offset;
+    int64_t block_rows;
+    bool exact;
+    Group group;
+};
+struct CombineArgs {
+    NormalCombine work;
+    NormalTables tables;
+    Pieces pieces;
+    Group group;
+};
+
+// Dynamic shared memory.
+EP_HD constexpr int layout_scratch_bytes(int num_ranks, int num_experts) {
+    return 4 * (num_ranks + num_experts);
+}
+EP_HD constexpr int notify_scratch_bytes(int num_ranks, int local_experts) {
+    return 4 * num_ranks * (num_ranks + local_experts);
+}
+int dispatch_scratch_bytes(int num_ranks);
+int combine_scratch_bytes(int num_ranks);
+
+using LayoutKernel = void (*)(LayoutArgs);
+using NotifyKernel = void (*)(NotifyArgs);
+using DispatchKernel = void (*)(DispatchArgs);
+using CombineKernel = void (*)(CombineArgs);
+LayoutKernel layout_kernel_ptr();
+NotifyKernel notify_kernel_ptr();
+DispatchKernel dispatch_kernel_ptr();
+CombineKernel combine_kernel_ptr();
+
+}  // namespace ep::normal

@@ -1,0 +1,129 @@
+// Normal (prefill, training) operations: what travels, where it lies, what ranks tell each other.
+//
+// Words: a rank's rows go to the *block* of each destination, the receive memory that the
+// destination chose for this call; a combine's rows go to the *inbox* of each source. Both are
+// stretches of the rank's data heap, found by the offset that their owner publishes in its credit
+// word.
+//
+// Tensors without elements have no address: that an array is in use follows from topk (dispatch),
+// from num_scales, and from out_weights (combine), never from the addresses of what goes in.
+#pragma once
+
+#include "ep/layout.h"
+#include "ep/state.h"
+
+namespace ep::normal {
+
+inline constexpr int kLine = 128;
+inline constexpr int kNumChunks = 512;  // of a combine's rows from one rank to one source
+inline constexpr int kMaxRowBytes = 2 * kMaxHidden;
+inline constexpr int kRowMultiple = 16;  // bytes: rows are moved as 16-byte vectors
+inline constexpr int kMaxTokensPerRank = 1 << 20;
+
+// What the owner of a block or an inbox tells every rank, at the start of its own operation.
+// `epoch` is written last: who finds it may write there.
+struct Credit {
+    int64_t offset;  // in the owner's data heap
+    int64_t rows;    // of the block; unused in combine
+    uint64_t epoch;
+};
+
+// Every word that peers write and this rank waits for. Tags are epochs of the operation; they are
+// never reset. One writer each: the rank that the index names.
+struct ControlLayout {
+    int32_t num_ranks;
+    int32_t max_local_experts;
+    int64_t
+        notify_stride;  // bytes of one notify message, tagged lines on CUDA, a tag last on the host
+    int64_t notify_offset;  // [2 slots][R]: int32 tokens to each rank [R], then rows per expert [L]
+    int64_t dispatch_credit_offset;  // [R] lines: Credit
+    int64_t combine_credit_offset;  // [R] lines: Credit
+    int64_t done_offset;  // [R] lines: epoch; every row of the source's dispatch is there
+    int64_t
+        chunk_offset;  // [R][kNumChunks] uint64: epoch; the chunk's rows are there. Host: chunk 0
+    int64_t bytes;
+    static constexpr int64_t kAbortOffset = HeapLayout::kAbortOffset;
+
+    static EP_HD ControlLayout make(int num_ranks, int max_experts) {
+        ControlLayout c{};
+        c.num_ranks = num_ranks;
+        c.max_local_experts = static_cast<int32_t>(ceil_div(max_experts, num_ranks));
+        c.notify_stride = ceil_div(4LL * (num_ranks + c.max_local_experts), 120) * kLine;
+        c.notify_offset = kLine;
+        c.dispatch_credit_offset = c.notify_offset + 2 * num_ranks * c.notify_stride;
+        c.combine_credit_offset = c.dispatch_credit_offset + num_ranks * kLine;
+        c.done_offset = c.combine_credit_offset + num_ranks * kLine;
+        c.chunk_offset = c.done_offset + num_ranks * kLine;
+        c.bytes = c.chunk_offset + 8LL * num_ranks * kNumChunks;
+        return c;
+    }
+};
+
+// What a dispatch leaves at a destination: `rows` rows by source rank, then token.
+struct BlockLayout {
+    int64_t scales;  // float32 or packed 4-byte words [rows, num_scales]
+    int64_t topk_idx;  // int64 [rows, K]: local expert, or -1
+    int64_t topk_weights;  // float32 [rows, K]
+    int64_t source_token;  // int32 [rows]: the row's index at its source
+    int64_t bytes;  // rows come first, at 0
+
+    static EP_HD BlockLayout make(int64_t rows, int64_t row_bytes, int num_scales, int topk) {
+        BlockLayout b{};
+        b.scales = round_up(rows * row_bytes, kLine);
+        b.topk_idx = b.scales + round_up(rows * num_scales * 4, kLine);
+        b.topk_weights = b.topk_idx + round_up(rows * topk * 8, kLine);
+        b.source_token = b.topk_weights + round_up(rows * topk * 4, kLine);
+        b.bytes = b.source_token + round_up(rows * 4, kLine);
+        return b;
+    }
+};
+
+// What a combine leaves at a source: BF16 rows of the other ranks, in rank order, each rank's in
+// the order of its block; then their top-k weights. rows: the tokens that the source sent to other
+// ranks.
+struct InboxLayout {
+    int64_t topk_weights;  // float32 [rows, K]
+    int64_t bytes;
+
+    static EP_HD InboxLayout make(int64_t rows, int64_t hidden, int topk) {
+        InboxLayout i{};
+        i.topk_weights = round_up(rows * hidden * 2, kLine);
+        i.bytes = i.topk_weights + round_up(rows * topk * 4, kLine);
+        return i;
+    }
+};
+
+// Tokens from rank s to rank d, out of rank_prefix [R, R] (inclusive over sources).
+EP_HD int32_t tokens_before(const int32_t* rank_prefix, int num_ranks, int s, int d) {
+    return s == 0 ? 0 : rank_prefix[(s - 1) * num_ranks + d];
+}
+EP_HD int32_t tokens_between(const int32_t* rank_prefix, int num_ranks, int s, int d) {
+    return rank_prefix[s * num_ranks + d] - tokens_before(rank_prefix, num_ranks, s, d);
+}
+
+// Words of host_counts, int32: what a notify tells the host. `ready` holds the low 32 bits of the
+// notify's epoch and is written last, released at system scope; the host polls it.
+struct HostCounts {
+    static constexpr int kTotal = 0;  // rows that this rank receives
+    static constexpr int kExperts = 1;  // [L] rows per local expert, rounded up to the alignment
+    int32_t local_experts;
+
+    EP_HD int ready() const { return kExperts + local_experts; }
+    EP_HD int most_rows() const { return ready() + 1; }  // the largest kTotal of any rank
+    EP_HD int most_inbox() const {
+        return ready() + 2;
+    }  // most tokens one rank sent to other ranks
+};
+
+// This rank's own words. An operation works at its counter + 1 and leaves it there when it ends.
+struct State {
+    uint64_t budget_ns;  // first, where the waits of low-latency ranks find it too
+    uint64_t notified;
+    uint64_t dispatched;
+    uint64_t combined;
+    uint32_t fault_claim;
+    uint32_t dropped_entries;  // of topk_idx, out of range; counted for the routing record
+    uint32_t tickets[6];  // of CTAs; each kernel leaves its own at zero
+};
+
+}  // namespace ep::normal

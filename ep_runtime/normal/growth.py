@@ -1,0 +1,83 @@
+"""Replacing the data heap by a larger one, on all ranks at once."""
+
+from __future__ import annotations
+
+from ep_runtime.errors import CaptureError
+from ep_runtime.memory.base import log
+from ep_runtime.normal.config import HEAP_STEP, NormalConfig
+from ep_runtime.normal.heap import DataHeap, HeapSizes
+from ep_runtime.normal.rank import NormalRank
+
+
+class GrowingRank(NormalRank):
+    """A rank whose data heap grows where an operation needs more than it was built for."""
+
+    def reserve(self, *, max_tokens: int | None = None, max_hidden: int | None = None) -> None:
+        """Make the heap large enough for so many tokens or channels. Collective where it grows.
+
+        Every rank passes the same. For what the buffer was not built for, before a capture (which
+        cannot grow the heap). Never shrinks. Raises ConfigError.
+        """
+        self._check_fatal()
+        old = self.config
+        self.config = NormalConfig(
+            max_tokens=max(old.max_tokens, max_tokens or 0),
+            max_hidden=max(old.max_hidden, max_hidden or 0),
+            max_experts=old.max_experts,
+            max_topk=old.max_topk,
+            pool_bytes=old.pool_bytes,
+        )
+        wanted = self.config.heap_sizes(self.num_ranks)
+        try:
+            self._make_room(wanted.staging, wanted.inbox)
+        except CaptureError:
+            self.config = old
+            raise
+
+    def _make_room(self, staging: int, inbox: int) -> None:
+        """Replace the data heap unless its parts hold so many bytes.
+
+        Every rank must come with the same numbers: then all grow or none does. Collective and
+        synchronising where it grows. Raises CaptureError there in a capture.
+        """
+        have = self._heap.sizes
+        if staging <= have.staging and inbox <= have.inbox:
+            return
+        if self._streams.capturing():
+            raise CaptureError(
+                f"this capture needs {staging} bytes to receive and {inbox} to combine, the data"
+                f" heap has {have.staging} and {have.inbox} and cannot grow in a capture; call"
+                " reserve() on every rank (or dispatch once eagerly with this size) before it"
+            )
+        grown = HeapSizes(_stepped(staging, have.staging), _stepped(inbox, have.inbox), have.pool)
+        if self.config.pool_bytes is None:
+            grown = HeapSizes(grown.staging, grown.inbox, max(have.pool, 2 * grown.staging))
+        log.info("rank %d: the data heap grows from %s to %s", self.rank, have, grown)
+        memory = self._provider(grown.total)
+        self._ops.synchronize()
+        self.world.barrier()  # nobody writes to the old heaps any more, but for captured graphs
+        old, self._heap = self._heap, DataHeap(memory, self.rank, grown, self.device)
+        self._ops = self._make_ops()
+        self.set_time_budget(self._budget_s)
+        if not old.captured and not old.collective:
+            old.unmap_peers()
+        self._retired.append(old)
+        self.stats.growths += 1
+        self.world.barrier()
+        self._free_retired()
+        # Freeing waits for the whole device, where another rank's next kernel may wait for ours.
+        self.world.barrier()
+
+    def _free_retired(self) -> None:
+        """Give back replaced heaps in which nothing lies any more. May synchronise the device."""
+        kept = []
+        for heap in self._retired:
+            if heap.idle and not heap.collective:
+                heap.free()
+            else:
+                kept.append(heap)
+        self._retired = kept
+
+
+def _stepped(needed: int, have: int) -> int:
+    return max(have, -(-needed // HEAP_STEP) * HEAP_STEP)

@@ -1,0 +1,98 @@
+"""What the normal operations return.
+
+R ranks, E experts, L = E/R local experts, T tokens of this rank, K top-k, N received rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where this rank's tokens go. Tensors on the buffer's device.
+
+    tokens_per_rank    int32 [R]: tokens that go to each rank, each counted once per rank
+    tokens_per_expert  int32 [E]: entries of topk_idx that name the expert
+    is_token_in_rank   bool [T, R]
+    """
+
+    tokens_per_rank: torch.Tensor
+    tokens_per_expert: torch.Tensor
+    is_token_in_rank: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NormalHandle:
+    """A routing: what combine() and dispatch_cached() need. Good any number of times.
+
+    rank_prefix       int32 [R, R]: [s, d] is the number of tokens from ranks 0 .. s to rank d
+    send_position     int32 [T, R]: the token's index among this rank's tokens to that rank, or -1
+    is_token_in_rank  bool [T, R]
+    num_tokens        T
+    num_rows          N
+    most_rows         most rows that any rank receives
+    inbox_rows        most rows that a combine brings home on any rank
+    num_experts       E
+    exact             every row was sent by somebody; else rows after the last one are padding
+    owner             identity of the NormalBuffer
+    """
+
+    rank_prefix: torch.Tensor
+    send_position: torch.Tensor
+    is_token_in_rank: torch.Tensor
+    num_tokens: int
+    num_rows: int
+    most_rows: int
+    inbox_rows: int
+    num_experts: int
+    exact: bool
+    owner: object
+
+
+@dataclass(frozen=True, slots=True)
+class NormalReceived:
+    """Rows that other ranks (and this one) sent here: by source rank, then token.
+
+    The first five tensors share one piece of memory, which is reused when the last of them is
+    dropped. Worst-case mode: what lies in rows that nobody sent is undefined, but for topk_idx
+    (-1) and topk_weights (0).
+
+    x                [N, H], the dtype that was sent
+    scales           [N, G] (or [N]) as sent, contiguous; None without
+    topk_idx         int64 [N, K]: local expert, or -1; None if none were sent
+    topk_weights     float32 [N, K], 0 where topk_idx is -1; None if none were sent
+    source_token     int32 [N]: the row's index at its source
+    recv_per_expert  rows per local expert, each rounded up to expert_alignment: a list in exact
+                     mode, empty in worst-case mode and after dispatch_cached()
+    recv_counts      int32 [L] on the device: the same; None after dispatch_cached()
+    handle           what combine() and dispatch_cached() take
+    """
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    source_token: torch.Tensor
+    recv_per_expert: list[int]
+    recv_counts: torch.Tensor | None
+    handle: NormalHandle
+
+
+@dataclass(slots=True)
+class NormalStats:
+    """Counted on the host since construction.
+
+    dispatches         calls, cached ones included
+    combines           calls
+    copied_dispatches  dispatches for which the pool had no room: received into the staging block
+                       and copied to ordinary tensors
+    growths            times the data heap was replaced by a larger one
+    """
+
+    dispatches: int = 0
+    combines: int = 0
+    copied_dispatches: int = 0
+    growths: int = 0

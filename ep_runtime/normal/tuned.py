@@ -1,0 +1,82 @@
+"""How many SMs the operations use where nobody says: measured on this machine, or a default.
+
+`ep-runtime tune` measures and writes; buffers read when they are built. The file is JSON:
+{"<GPU name>": {"<ranks>": {"dispatch": SMs, "combine": SMs}}}, in EP_TUNED or else under
+~/.cache/ep_runtime. Without a file, or an entry for this GPU and number of ranks, the default is
+used.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ep_runtime import env
+from ep_runtime.errors import ConfigError
+
+DEFAULT_SMS = 24
+FILE_NAME = "tuned.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TunedSms:
+    """Most SMs of each operation."""
+
+    dispatch: int = DEFAULT_SMS
+    combine: int = DEFAULT_SMS
+
+
+def tuned_path() -> Path:
+    """EP_TUNED, or the file in the user's cache."""
+    named = env.read().tuned
+    return Path(named) if named else Path.home() / ".cache" / "ep_runtime" / FILE_NAME
+
+
+def tuned_num_sms(
+    num_ranks: int, device: torch.device | None = None, default: TunedSms | None = None
+) -> TunedSms:
+    """What was measured for this GPU (None: the current one) and number of ranks, or else
+    `default` (None: TunedSms()). Raises ConfigError for a file that cannot be read."""
+    default = TunedSms() if default is None else default
+    if not torch.cuda.is_available() or (device is not None and device.type == "cpu"):
+        return default
+    entry = _read(tuned_path()).get(torch.cuda.get_device_name(device), {}).get(str(num_ranks))
+    if entry is None:
+        return default
+    try:
+        return TunedSms(int(entry["dispatch"]), int(entry["combine"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(tuned_path(), error) from error
+
+
+def write_tuned(path: Path, device_name: str, num_ranks: int, sms: TunedSms) -> None:
+    """Put one entry into the file, whole or not at all; other entries stay."""
+    entries = _read(path)
+    entries.setdefault(device_name, {})[str(num_ranks)] = asdict(sms)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(entries, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(entries, dict) or not all(isinstance(v, dict) for v in entries.values()):
+        raise _damaged(path, "not an object of objects")
+    return entries
+
+
+def _damaged(path: Path, error: object) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be used ({error}); delete it, run `ep-runtime tune` again, or set"
+        f" {env.variable('tuned')} to another file"
+    )

@@ -1,0 +1,156 @@
+"""Several ranks of a normal buffer in one process, each driven by a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ep_runtime.connect import Backend, choose_device
+from ep_runtime.errors import ConfigError, PeerTimeout
+from ep_runtime.memory import RankMemory
+from ep_runtime.memory.virtual import virtual_cuda_memory, virtual_host_memory
+from ep_runtime.normal.buffer import NormalBuffer
+from ep_runtime.normal.config import NormalConfig
+from ep_runtime.normal.group import control_sizes, data_sizes, most_sms
+from ep_runtime.normal.tuned import DEFAULT_SMS, TunedSms
+from ep_runtime.world import World
+
+
+class _Meeting:
+    """Where the threads of a group leave what they tell each other."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.told: dict[int, dict[int, bytes]] = {}
+        self.left: dict[int, int] = {}
+
+
+class ThreadWorld(World):
+    """The world of a virtual rank whose peers are other threads of this process."""
+
+    def __init__(self, rank: int, num_ranks: int, meeting: _Meeting) -> None:
+        super().__init__(None, 0, 1)
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self._meeting = meeting
+
+    def all_gather(self, data: bytes, *, timeout_s: float | None = None) -> list[bytes]:
+        """Every rank's `data`, by rank. Raises PeerTimeout naming the first that is missing."""
+        self._calls += 1
+        call, meeting = self._calls, self._meeting
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit
+        with meeting.changed:
+            told = meeting.told.setdefault(call, {})
+            told[self.rank] = data
+            meeting.changed.notify_all()
+            while len(told) < self.num_ranks:
+                if not meeting.changed.wait(deadline - time.monotonic()):
+                    missing = min(set(range(self.num_ranks)) - set(told))
+                    raise PeerTimeout(
+                        f"the thread of rank {missing} did not reach collective {call} within"
+                        f" {limit:g} s; call it on every rank, each in its own thread",
+                        rank=self.rank,
+                        peer=missing,
+                    )
+            meeting.left[call] = meeting.left.get(call, 0) + 1
+            if meeting.left[call] == self.num_ranks:
+                del meeting.told[call], meeting.left[call]
+        return [told[rank] for rank in range(self.num_ranks)]
+
+    def barrier(self, *, timeout_s: float | None = None) -> None:
+        """Return when the thread of every rank has called it."""
+        self.all_gather(b"", timeout_s=timeout_s)
+
+
+class _SharedHeaps:
+    """Makes data heaps for all ranks at once, when the first of them asks."""
+
+    def __init__(self, make: Callable[[int], list[RankMemory]], num_ranks: int) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._asked = [0] * num_ranks
+        self._made: dict[int, dict[int, RankMemory]] = {}
+
+    def get(self, rank: int, num_bytes: int) -> RankMemory:
+        """The rank's part of its next generation; every rank asks for the same sizes."""
+        with self._lock:
+            generation = self._asked[rank]
+            if generation not in self._made:
+                self._made[generation] = dict(enumerate(self._make(num_bytes)))
+            self._asked[rank] += 1
+            memory = self._made[generation].pop(rank)
+            if not self._made[generation]:
+                del self._made[generation]
+            return memory
+
+
+def virtual_normal_ranks(
+    num_ranks: int,
+    *,
+    max_tokens: int,
+    max_hidden: int = 7168,
+    max_experts: int = 1024,
+    max_topk: int = 32,
+    pool_bytes: int | None = None,
+    num_sms: int | None = None,
+    backend: Backend = "auto",
+    devices: Sequence[int] | None = None,
+) -> list[NormalBuffer]:
+    """`num_ranks` ranks of this process, rank r on GPU devices[r % len(devices)] (or on the CPU).
+
+    Drive each from a thread of its own, on a GPU each on a stream of its own: an operation of one
+    rank waits for the others. Ranks that share a GPU share its SMs, so that all their kernels run
+    at the same time: each takes at most sm_count // ranks_on_that_GPU. Arguments otherwise as of
+    NormalBuffer. Raises ConfigError, or BuildError where the devices cannot reach each other.
+    """
+    config = NormalConfig(
+        max_tokens=max_tokens,
+        max_hidden=max_hidden,
+        max_experts=max_experts,
+        max_topk=max_topk,
+        pool_bytes=pool_bytes,
+    )
+    control = control_sizes(config, num_ranks)
+    placement = _placement(num_ranks, backend, devices)
+
+    def make(num_bytes: int) -> list[RankMemory]:
+        sizes = data_sizes(num_bytes)
+        if placement[0].type == "cpu":
+            return virtual_host_memory(num_ranks, sizes)
+        return virtual_cuda_memory([device.index for device in placement], sizes)
+
+    if placement[0].type == "cpu":
+        controls = virtual_host_memory(num_ranks, control)
+    else:
+        controls = virtual_cuda_memory([device.index for device in placement], control)
+    shared, meeting = _SharedHeaps(make, num_ranks), _Meeting()
+    sms = DEFAULT_SMS if num_sms is None else num_sms
+    wanted = TunedSms(sms, sms)
+    return [
+        NormalBuffer._virtual(
+            config,
+            ThreadWorld(rank, num_ranks, meeting),
+            device,
+            controls[rank],
+            lambda num_bytes, rank=rank: shared.get(rank, num_bytes),
+            wanted,
+            most_sms(device, placement.count(device)),
+        )
+        for rank, device in enumerate(placement)
+    ]
+
+
+def _placement(
+    num_ranks: int, backend: Backend, devices: Sequence[int] | None
+) -> list[torch.device]:
+    if devices is not None and not devices:
+        raise ConfigError("devices=[]: give at least one GPU index, or None for the current GPU")
+    first = choose_device(backend, None if devices is None else devices[0])
+    if first.type == "cpu":
+        return [first] * num_ranks
+    chosen = [first.index] if devices is None else list(devices)
+    return [choose_device("cuda", chosen[rank % len(chosen)]) for rank in range(num_ranks)]

@@ -1,0 +1,175 @@
+"""Gradients through dispatch and combine, against a dense layer in float64 on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import programs
+import pytest
+import torch
+from expect import random_experts, random_group
+from ranks import Group, Place
+
+from ep_runtime import ShapeError
+from ep_runtime.normal import (
+    NormalBuffer,
+    combine_autograd,
+    dispatch_autograd,
+    virtual_normal_ranks,
+)
+from ep_runtime.normal.reference import RankTokens
+
+OpenGroup = Callable[..., Group]
+HIDDEN = 256
+MOST = 24
+
+Gradients = dict[str, torch.Tensor]
+
+
+def layer(
+    buffer: NormalBuffer,
+    tokens: RankTokens,
+    gains: torch.Tensor,
+    bias: torch.Tensor,
+    weights_too: bool,
+    seeds: tuple[torch.Tensor, torch.Tensor],
+    worst: int,
+) -> Gradients:
+    """Expert e multiplies a row by gains[e]; forward, then backward of <y, seed>."""
+    device = buffer.device
+    x = tokens.x.to(device, copy=True).requires_grad_()
+    weights = tokens.topk_weights.to(device, copy=True).requires_grad_()
+    added = bias.to(device, copy=True).requires_grad_()
+    programs.poison_pool(buffer)
+    received = dispatch_autograd(
+        buffer,
+        x,
+        tokens.topk_idx.to(device),
+        weights,
+        num_experts=gains.shape[0],
+        num_worst_tokens=worst,
+    )
+    assert received.topk_idx is not None
+    assert received.topk_weights is not None
+    local = gains.shape[0] // buffer.num_ranks
+    mine = gains.to(device)[buffer.rank * local : (buffer.rank + 1) * local]
+    real = (received.topk_idx >= 0).any(1, keepdim=True)
+    rows = torch.where(real, received.x, 0).float()
+    factor = (received.topk_weights.unsqueeze(2) * mine[received.topk_idx.clamp(min=0)]).sum(1)
+    y = (rows * factor).bfloat16()
+    sent = received.topk_weights if weights_too else None
+    out, out_weights = combine_autograd(
+        buffer, y, received.handle, topk_weights=sent, bias=(added, added)
+    )
+    loss = (out.float() * seeds[0].to(device)).sum()
+    if out_weights is not None:
+        loss = loss + (out_weights * seeds[1].to(device)).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert weights.grad is not None
+    assert added.grad is not None
+    programs.finish(buffer)
+    return {
+        "out": out.detach().cpu(),
+        "x": x.grad.cpu(),
+        "weights": weights.grad.cpu(),
+        "bias": added.grad.cpu(),
+    }
+
+
+def dense(
+    tokens: RankTokens,
+    gains: torch.Tensor,
+    bias: torch.Tensor,
+    weights_too: bool,
+    seeds: tuple[torch.Tensor, torch.Tensor],
+) -> Gradients:
+    """The same without communication, in float64."""
+    x = tokens.x.double().requires_grad_()
+    weights = tokens.topk_weights.double().requires_grad_()
+    added = bias.double().requires_grad_()
+    idx = tokens.topk_idx.long()
+    used = torch.where(idx >= 0, weights, 0.0)
+    out = x * (used.unsqueeze(2) * gains.double()[idx.clamp(min=0)]).sum(1) + 2 * added
+    loss = (out * seeds[0].double()).sum()
+    if weights_too:
+        loss = loss + (used * seeds[1].double()).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert weights.grad is not None
+    assert added.grad is not None
+    return {"out": out.detach(), "x": x.grad, "weights": weights.grad, "bias": added.grad}
+
+
+def close(what: str, got: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+    """Rows went through BF16 a few times: an error of some units of the largest term."""
+    assert got.shape == right.shape, what
+    error = (got.double() - right).abs()
+    assert not error.isnan().any(), what
+    worst = float(error.max()) if error.numel() else 0.0
+    assert worst <= 2.0**-6 * scale, f"{what}: {worst} of {scale}"
+
+
+@pytest.mark.parametrize("weights_too", [False, True])
+@pytest.mark.parametrize("exact", [True, False])
+def test_gradients_are_those_of_a_dense_layer(
+    open_group: OpenGroup, place: Place, rng: torch.Generator, exact: bool, weights_too: bool
+) -> None:
+    ranks = place.num_ranks
+    group = open_group(max_tokens=MOST, max_hidden=HIDDEN, max_experts=64)
+    worst = 0 if exact else ranks * MOST
+    for _ in range(2):
+        experts = random_experts(rng, ranks, 4)
+        inputs = [
+            RankTokens(torch.randn(one.x.shape, generator=rng).bfloat16(), *rest)
+            for one in random_group(rng, ranks, HIDDEN, 4, experts, MOST)
+            for rest in [(one.topk_idx, one.topk_weights)]
+        ]
+        gains = torch.randn((experts, HIDDEN), generator=rng)
+        biases = [torch.randn(one.x.shape, generator=rng).bfloat16() for one in inputs]
+        seeds = [
+            (
+                torch.randn(one.x.shape, generator=rng).bfloat16().float(),
+                torch.randn(one.topk_weights.shape, generator=rng),
+            )
+            for one in inputs
+        ]
+        got = group.run(
+            layer,
+            [
+                (one, gains, bias, weights_too, seed, worst)
+                for one, bias, seed in zip(inputs, biases, seeds, strict=True)
+            ],
+        )
+        for rank, mine in enumerate(got):
+            right = dense(inputs[rank], gains, biases[rank], weights_too, seeds[rank])
+            for name, value in right.items():
+                size = float(value.abs().max()) if value.numel() else 1.0
+                # Sums over channels: of as many rounded products.
+                scale = max(size, 4.0) * (4 if name == "weights" else 1)
+                close(f"rank {rank}: {name}", mine[name], value, scale)
+
+
+def test_weights_of_entries_that_go_nowhere_have_no_gradient() -> None:
+    buffer = virtual_normal_ranks(1, backend="host", max_tokens=4, max_hidden=HIDDEN)[0]
+    x = torch.randn(2, HIDDEN).bfloat16().requires_grad_()
+    weights = torch.rand(2, 2).requires_grad_()
+    idx = torch.tensor([[0, -1], [-1, -1]])
+    received = dispatch_autograd(buffer, x, idx, weights, num_experts=1)
+    out, back = combine_autograd(
+        buffer, received.x, received.handle, topk_weights=received.topk_weights
+    )
+    assert back is not None
+    (out.float().sum() + 3 * back.sum()).backward()  # type: ignore[no-untyped-call]
+    assert torch.equal(weights.grad, torch.tensor([[3.0, 0.0], [0.0, 0.0]]))  # type: ignore[arg-type]
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.tensor([[1.0], [0.0]]).expand(2, HIDDEN).bfloat16())
+
+
+def test_fp8_rows_are_refused() -> None:
+    buffer = virtual_normal_ranks(1, backend="host", max_tokens=4, max_hidden=HIDDEN)[0]
+    x = torch.zeros(2, HIDDEN).to(torch.float8_e4m3fn)
+    with pytest.raises(ShapeError, match="bfloat16"):
+        dispatch_autograd(
+            buffer, x, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), num_experts=1
+        )

@@ -1,0 +1,236 @@
+"""Who owns received rows, what happens when memory runs out, and how it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import programs
+import pytest
+import torch
+from expect import check_combined, check_received, random_group, random_results, random_tokens
+from ranks import Group, Place, ThreadGroup
+
+from ep_runtime import ShapeError
+from ep_runtime.normal import NormalBuffer
+from ep_runtime.normal.config import block_bytes
+from ep_runtime.normal.pool import Pool
+from ep_runtime.normal.reference import RankTokens
+
+OpenGroup = Callable[..., Group]
+EXPERTS = 16
+SIZES = {"max_tokens": 16, "max_hidden": 256, "max_experts": 64, "max_topk": 8}
+
+
+def send(group: Group, rng: torch.Generator, most: int = 16, hidden: int = 256) -> None:
+    """A dispatch and a combine that must work."""
+    inputs = random_group(rng, group.num_ranks, hidden, 4, EXPERTS, most)
+    got = group.run(programs.dispatch_with, [(one, {"num_experts": EXPERTS}) for one in inputs])
+    expected = check_received(got, inputs, EXPERTS)
+    rows, weights = random_results(rng, expected, hidden, 4)
+    back = group.run(programs.combine, [(y, w, []) for y, w in zip(rows, weights, strict=True)])
+    check_combined([y for y, _ in back], rows, expected, [one.x.shape[0] for one in inputs])
+
+
+def hold(buffer: NormalBuffer, tokens: RankTokens, name: str) -> torch.Tensor:
+    """Dispatch, and keep nothing but x."""
+    received = buffer.dispatch(
+        programs.rows_of(buffer, tokens),
+        tokens.topk_idx.to(buffer.device),
+        tokens.topk_weights.to(buffer.device),
+        num_experts=EXPERTS,
+    )
+    x = programs.keep(buffer, name, received.x)
+    return x.cpu().clone()
+
+
+def held(buffer: NormalBuffer, name: str) -> torch.Tensor:
+    x: torch.Tensor = programs.kept(buffer, name)
+    return x.cpu().clone()
+
+
+def use_of(buffer: NormalBuffer) -> tuple[int, int, int]:
+    return buffer.pool_in_use, buffer.stats.copied_dispatches, buffer.stats.growths
+
+
+def test_memory_goes_back_with_the_last_tensor(
+    open_group: OpenGroup, place: Place, rng: torch.Generator
+) -> None:
+    group = open_group(**SIZES)
+    for _ in range(20):  # more than the pool holds at once
+        send(group, rng)
+        group.run(programs.forget)
+    assert all(use[1:] == (0, 0) for use in group.run(use_of))
+    inputs = [random_tokens(rng, 8, 256, 4, EXPERTS, idle=0) for _ in range(place.num_ranks)]
+    group.run(hold, [(one, "x") for one in inputs])
+    in_use = group.run(programs.forget)
+    assert in_use == [0] * place.num_ranks
+
+
+def test_pool_exhaustion_copies_and_loses_nothing(
+    open_group: OpenGroup, place: Place, rng: torch.Generator
+) -> None:
+    ranks = place.num_ranks
+    one_block = block_bytes(ranks * 16, 512, 0, 4)
+    group = open_group(**SIZES, pool_bytes=2 * one_block)
+    inputs = [[random_tokens(rng, 16, 256, 4, EXPERTS, idle=0) for _ in range(ranks)]]
+    inputs += [random_group(rng, ranks, 256, 4, EXPERTS, 16) for _ in range(7)]
+    for one in inputs[0]:  # every token to every rank: the largest blocks there are
+        one.topk_idx[:, 0] = torch.arange(16) % EXPERTS
+        one.topk_idx[:, 1:] = -1
+    first = [
+        group.run(hold, [(one, f"x{turn}") for one in tokens]) for turn, tokens in enumerate(inputs)
+    ]
+    for _ in range(3):
+        send(group, rng)
+    for turn, copies in enumerate(first):  # nothing that is alive was overwritten
+        for before, now in zip(copies, group.run(held, [(f"x{turn}",)] * ranks), strict=True):
+            assert torch.equal(before.view(torch.uint8), now.view(torch.uint8))
+    group.run(programs.forget)
+    send(group, rng)
+
+
+def test_no_pool_at_all(open_group: OpenGroup, place: Place, rng: torch.Generator) -> None:
+    group = open_group(**SIZES, pool_bytes=0)
+    for _ in range(3):
+        send(group, rng)
+    assert all(use == (0, 3, 0) for use in group.run(use_of))
+
+
+def test_exact_mode_grows_with_tokens_and_channels(
+    open_group: OpenGroup, place: Place, rng: torch.Generator
+) -> None:
+    ranks = place.num_ranks
+    group = open_group(**SIZES)
+    inputs = [random_tokens(rng, 5, 256, 4, EXPERTS) for _ in range(ranks)]
+    before = group.run(hold, [(one, "old") for one in inputs])
+    large = [random_tokens(rng, 700 if r == 0 else 3, 256, 4, EXPERTS) for r in range(ranks)]
+    for turn in range(2):
+        got = group.run(programs.dispatch_with, [(one, {"num_experts": EXPERTS}) for one in large])
+        expected = check_received(got, large, EXPERTS)
+        rows, weights = random_results(rng, expected, 256, 4)
+        back = group.run(programs.combine, [(y, w, []) for y, w in zip(rows, weights, strict=True)])
+        check_combined([y for y, _ in back], rows, expected, [one.x.shape[0] for one in large])
+        growths = {use[2] for use in group.run(use_of)}
+        if turn == 0:
+            most = growths
+            assert len(growths) == 1
+            assert growths.pop() >= 1
+        else:
+            assert growths == most or most == set()
+    send(group, rng, hidden=4096)  # wider rows than it was built for
+    for rank, x in enumerate(group.run(held, [("old",)] * ranks)):
+        assert torch.equal(x, before[rank]), "a tensor of the old heap changed"
+    group.run(programs.forget)
+    send(group, rng)
+
+
+def test_reserve_makes_room_for_worst_case_dispatches(
+    open_group: OpenGroup, place: Place, rng: torch.Generator
+) -> None:
+    ranks = place.num_ranks
+    group = open_group(**SIZES)
+    inputs = [random_tokens(rng, 60, 256, 4, EXPERTS) for _ in range(ranks)]
+    options = {"num_experts": EXPERTS, "num_worst_tokens": 64 * ranks}
+    for answer in group.outcomes(programs.dispatch_with, [(one, options) for one in inputs]):
+        assert isinstance(answer, ShapeError), answer
+        assert "max_tokens=16" in str(answer)
+        assert "reserve" in str(answer)
+    group.run(reserve, [(64,)] * ranks)
+    group.run(programs.poison)
+    got = group.run(programs.dispatch_with, [(one, options) for one in inputs])
+    check_received(got, inputs, EXPERTS, worst=64 * ranks)
+
+
+def reserve(buffer: NormalBuffer, max_tokens: int) -> None:
+    buffer.reserve(max_tokens=max_tokens)
+
+
+def test_two_buffers_of_the_same_ranks_do_not_meet(place: Place, rng: torch.Generator) -> None:
+    if place.kind != "threads":
+        pytest.skip("a test process holds one buffer; virtual ranks show the same")
+    groups = [ThreadGroup(place.num_ranks, place.backend, place.devices, **SIZES) for _ in range(2)]
+    inputs = [random_group(rng, place.num_ranks, 256, 4, EXPERTS, 16) for _ in groups]
+    got = [
+        group.run(programs.dispatch_with, [(one, {"num_experts": EXPERTS}) for one in tokens])
+        for group, tokens in zip(groups, inputs, strict=True)
+    ]
+    for group, rows, tokens in reversed(list(zip(groups, got, inputs, strict=True))):
+        expected = check_received(rows, tokens, EXPERTS)
+        sent, weights = random_results(rng, expected, 256, 4)
+        back = group.run(programs.combine, [(y, w, []) for y, w in zip(sent, weights, strict=True)])
+        check_combined([y for y, _ in back], sent, expected, [one.x.shape[0] for one in tokens])
+    for group in groups:
+        group.close()
+
+
+def test_received_tensors_outlive_the_buffer(place: Place, rng: torch.Generator) -> None:
+    if place.kind != "threads":
+        pytest.skip("the tensors of a test process die with its buffer")
+    group = ThreadGroup(place.num_ranks, place.backend, place.devices, **SIZES)
+    inputs = [random_tokens(rng, 9, 256, 4, EXPERTS) for _ in range(place.num_ranks)]
+    before = group.run(hold, [(one, "x") for one in inputs])
+    tensors = [programs.kept(buffer, "x") for buffer in group.buffers]
+    group.close()
+    for tensor, right in zip(tensors, before, strict=True):
+        assert torch.equal(tensor.cpu(), right)
+    for buffer in group.buffers:
+        programs.drop(buffer, "x")
+
+
+def test_the_pool_gives_out_every_byte_once() -> None:
+    """Random blocks come and go; no two overlap, and all of it comes back."""
+    rng = torch.Generator()
+    rng.seed()
+    pool = Pool(256, 128 * 100)
+    alive: list[tuple[int, int, object]] = []
+    for _ in range(2000):
+        if alive and torch.rand((), generator=rng) < 0.5:
+            _, _, block = alive.pop(int(torch.randint(len(alive), (), generator=rng)))
+            pool.give_back(block, None)  # type: ignore[arg-type]
+            continue
+        size = int(torch.randint(1, 128 * 20, (), generator=rng))
+        new = pool.allocate(size, capturing=False)
+        if new is None:
+            continue
+        assert new.num_bytes >= size
+        assert new.offset % 128 == 0
+        assert new.offset >= 256
+        assert new.offset + new.num_bytes <= 256 + 128 * 100
+        for start, end, _ in alive:
+            assert new.offset + new.num_bytes <= start or end <= new.offset
+        alive.append((new.offset, new.offset + new.num_bytes, new))
+    for _, _, block in alive:
+        pool.give_back(block, None)  # type: ignore[arg-type]
+    assert pool.in_use == 0
+    assert pool.allocate(128 * 100, capturing=False) is not None
+
+
+def test_memory_of_captures_serves_captures_alone() -> None:
+    pool = Pool(0, 256)
+    block = pool.allocate(128, capturing=True)
+    assert block is not None
+    pool.give_back(block, None)
+    assert pool.in_use == 128  # a replay writes to it
+    eager = pool.allocate(128, capturing=False)
+    assert eager is not None
+    assert eager.offset != block.offset
+    assert pool.allocate(128, capturing=False) is None
+    again = pool.allocate(128, capturing=True)
+    assert again is not None
+    assert again.offset == block.offset
+
+
+def test_events_of_freed_memory_reach_its_next_owner() -> None:
+    pool = Pool(0, 384)
+    a, b = pool.allocate(128, capturing=False), pool.allocate(128, capturing=False)
+    assert a is not None
+    assert b is not None
+    pool.give_back(a, (1, "early"))
+    pool.give_back(b, (2, "other"))
+    whole = pool.allocate(384, capturing=False)
+    assert whole is not None
+    assert {stream: event for stream, (_, event) in whole.uses.items()} == {1: "early", 2: "other"}
+    pool.give_back(whole, (1, "late"))
+    part = pool.allocate(128, capturing=False)
+    assert part is not None
+    assert {stream: event for stream, (_, event) in part.uses.items()} == {1: "late"}
