@@ -1,0 +1,160 @@
+"""Events, and the communication stream with its order relative to the caller's streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ep_runtime.errors import SequenceError, ShapeError
+
+
+class EventHandle:
+    """A point on the stream that is current when it is made.
+
+    Where this process has no work on a GPU there is nothing to wait for: CPU operations are done
+    when they return.
+    """
+
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        self._event: torch.cuda.Event | None = None
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def current_stream_wait(self) -> None:
+        """Let the current stream go on only behind this point. Does not block the host."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
+
+class EventOverlap:
+    """An event, or none, and tensors to keep until it is dropped.
+
+    As a context manager: work inside overlaps with what the event waits for, and the current
+    stream waits at the end of the block.
+    """
+
+    def __init__(
+        self, event: EventHandle | None = None, extra_tensors: Sequence[torch.Tensor] | None = None
+    ) -> None:
+        self.event = event
+        self.extra_tensors = extra_tensors
+
+    def current_stream_wait(self) -> None:
+        """Let the current stream wait for the event. Raises SequenceError if there is none."""
+        if self.event is None:
+            raise SequenceError(
+                "current_stream_wait() on an EventOverlap without an event: the call that returned"
+                " it ran on the current stream already; pass async_finish=True, or do not wait"
+            )
+        self.event.current_stream_wait()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.event is not None:
+            self.event.current_stream_wait()
+
+
+class CommStream:
+    """The communication stream of one Buffer on one device; on the CPU there is only one order.
+
+    Calls that are not asynchronous run on the caller's stream, where they cost no detour. Both
+    kinds use the same memory, so whoever comes second waits for the first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # A number below that of ordinary streams is a higher priority.
+        self.stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._busy = False  # the last operation ran on self.stream
+
+    @contextmanager
+    def beside(self, previous_event: EventOverlap | None) -> Iterator[None]:
+        """Run the block on the communication stream, behind `previous_event` if that has one,
+        else behind the current stream."""
+        stream = self.stream
+        if stream is None:
+            yield
+            return
+        with torch.cuda.device(self.device):
+            if previous_event is None or previous_event.event is None:
+                stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                if previous_event is not None and previous_event.event is not None:
+                    previous_event.event.current_stream_wait()
+                yield
+            self._busy = True
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Run the block on the current stream, behind what runs on the communication stream."""
+        if self.stream is None:
+            yield
+            return
+        with torch.cuda.device(self.device):
+            self.join()
+            yield
+
+    def join(self) -> None:
+        """Let the current stream wait for the communication stream, if that was used last."""
+        stream = self.stream
+        if stream is None or not self._busy:
+            return
+        current = torch.cuda.current_stream(self.device)
+        if _capturing(current) == _capturing(stream):
+            current.wait_stream(stream)
+            self._busy = False
+        # Else one is part of a graph and the other is not: a replay is ordered by whoever
+        # launches it, and CUDA refuses an edge between the two.
+
+    def lend(self, used: Sequence[torch.Tensor], made: Sequence[torch.Tensor] = ()) -> None:
+        """Tell the allocator who uses what: the communication stream tensors of the current
+        stream, the current stream those that were made on the communication stream.
+
+        Not while capturing: memory would pile up in the graph; there the EventOverlap holds them.
+        """
+        stream = self.stream
+        if stream is None or torch.cuda.is_current_stream_capturing():
+            return
+        current = torch.cuda.current_stream(self.device)
+        for tensor in used:
+            tensor.record_stream(stream)
+        for tensor in made:
+            tensor.record_stream(current)
+
+
+def _capturing(stream: torch.cuda.Stream) -> bool:
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def check_async(
+    previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool
+) -> None:
+    """Where DeepEP asserts: allocating on the communication stream needs an event and async."""
+    if previous_event is not None and not isinstance(previous_event, EventOverlap):
+        raise ShapeError(
+            f"previous_event is a {type(previous_event).__name__}: it must be an EventOverlap;"
+            " Buffer.capture() makes one"
+        )
+    if allocate_on_comm_stream and not (previous_event is not None and async_finish):
+        raise SequenceError(
+            f"allocate_on_comm_stream=True with async_finish={async_finish} and"
+            f" previous_event={previous_event}: it takes async_finish=True and a previous_event;"
+            " Buffer.capture() makes one"
+        )

@@ -1,0 +1,5 @@
+"""`deep_ep.buffer`, served by ep_runtime."""
+
+from ep_runtime.integrations.deep_ep import Buffer, Config, EventHandle, EventOverlap
+
+__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap"]

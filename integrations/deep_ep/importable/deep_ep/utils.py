@@ -1,0 +1,5 @@
+"""`deep_ep.utils`, served by ep_runtime."""
+
+from ep_runtime.integrations.deep_ep import EventHandle, EventOverlap
+
+__all__ = ["EventHandle", "EventOverlap"]
