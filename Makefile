@@ -12,7 +12,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -nam
 CXX_FILES := $(NATIVE) $(shell find tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 PACKAGE_PARTS := graphs integrations
 
-.PHONY: help decode test gpu-test bench lint format build clean
+.PHONY: help decode test gpu-test scale-test bench lint format build clean
 .DELETE_ON_ERROR:
 
 help:  ## what there is to make
@@ -26,6 +26,9 @@ test: $(VENV)/.built  ## every test this machine can run; skipped ones are liste
 
 gpu-test: $(VENV)/.built  ## the whole GPU suite; fails where there is no GPU
 	$(RUN) -m pytest -rs --require-gpu -m "gpu or multi" $(ARGS)
+
+scale-test: $(VENV)/.built  ## on all GPUs of a host, in 9 minutes: their tests, random replays, benchmarks
+	$(RUN) -m benchmarks.scale_test $(ARGS)
 
 bench: $(VENV)/.built  ## low-latency benchmark, results in benchmarks/results
 	$(VENV)/bin/ep-runtime bench low-latency $(ARGS)
@@ -56,7 +59,9 @@ lint: $(VENV)/.built $(VENV)/.lint  ## ruff, mypy --strict, clang-format
 	rm -rf build/types && mkdir -p build/types
 	cp -rs $(CURDIR)/ep_runtime build/types/ep_runtime
 	cp -rs $(addprefix $(CURDIR)/,$(PACKAGE_PARTS)) build/types/ep_runtime/
-	cd build/types && $(abspath $(RUN)) -m mypy --config-file $(CURDIR)/pyproject.toml -p ep_runtime
+	cp -rs $(CURDIR)/examples $(CURDIR)/benchmarks build/types/
+	cd build/types && $(abspath $(RUN)) -m mypy --config-file $(CURDIR)/pyproject.toml \
+		-p ep_runtime -p examples -p benchmarks
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(VENV)/.lint  ## let ruff and clang-format rewrite the sources

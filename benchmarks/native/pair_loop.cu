@@ -1,16 +1,25 @@
-// Pairs of dispatch and combine on two GPUs of one process, without Python: for work on the
+// Pairs of dispatch and combine between two ranks of one process, without Python: for work on the
 // kernels.
 //
-//   nvcc -std=c++20 -O3 -arch=sm_90 -Icsrc benchmarks/native/pair_loop.cu csrc/cuda/*.cu -o
-//   build/pair_loop build/pair_loop
+//   nvcc -std=c++20 -O3 -arch=sm_90 -Icsrc -o build/pair_loop benchmarks/native/pair_loop.cu
+//       csrc/cuda/*.cu   (all on one line)
+//   build/pair_loop [--one-gpu] [--sms N]
 //
-// One host thread per GPU; 50 pairs in one graph, the slower GPU's median of 20 replays. BF16 lines
-// check themselves (the experts are the identity, so combine must give x times the sum of the
-// weights); FP8 lines are only timed. Figures to publish come from `ep-runtime bench low-latency`.
+// A rank per GPU where there are two. With one, or with --one-gpu, both ranks share GPU 0, each on
+// a stream of its own with N SMs' worth of CTAs: no link is measured then, and only runs of this
+// kind on the same GPU may be compared. On two GPUs N limits the SMs too; 0 is all.
+//
+// One host thread per rank; 50 pairs in one graph, the slower rank's median of 20 replays. BF16
+// lines check themselves (the experts are the identity, so combine must give x times the sum of the
+// weights); FP8 lines are only timed. Exit status 1 if a line was wrong or recorded a fault.
+// Figures to publish come from `ep-runtime bench low-latency`.
 #include <algorithm>
 #include <barrier>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -25,13 +34,23 @@ namespace {
 
 using namespace ep;
 
-constexpr int kGpus = 2;
+constexpr int kRanks = 2;
 constexpr int kPairs = 50;
 constexpr int kReplays = 20;
 constexpr int kWarmups = 2;
 constexpr int kHidden = 7168;
 constexpr int kTopk = 8;
 constexpr uint64_t kBudgetNs = 3'000'000'000;
+constexpr double kErrorLimit = 1e-2;  // two BF16 roundings are 0.4e-2 at most
+
+// Where the ranks are.
+struct Place {
+    int device[kRanks];
+    int num_sms;  // that a rank's kernels may fill; 0: all
+};
+
+// What a graph repeats; the halves alone are not checked.
+enum class What { kPair, kDispatch, kCombine };
 
 struct Case {
     const char* name;
@@ -41,9 +60,10 @@ struct Case {
     Format format;
     bool fused;
     bool pdl;
+    What what = What::kPair;
 };
 
-// Lets both GPUs start together: each waits, boundedly, for the other's number.
+// Lets both ranks start together: each waits, boundedly, for the other's number.
 __global__ void meet_kernel(volatile int* mine, volatile const int* other, int number) {
     *mine = number;
     __threadfence_system();
@@ -69,17 +89,19 @@ class Array {
 // What the two threads share for one case.
 struct Shared {
     Shape shape;
-    DeviceMemory heaps[kGpus], locals[kGpus], numbers[kGpus];
-    PinnedMemory faults[kGpus];
-    std::barrier<> meet{kGpus};
-    std::vector<float> times[kGpus];
-    double error[kGpus] = {};
+    DeviceMemory heaps[kRanks], locals[kRanks], numbers[kRanks];
+    PinnedMemory faults[kRanks];
+    std::barrier<> meet{kRanks};
+    std::vector<float> times[kRanks];
+    double error[kRanks] = {};
 
-    explicit Shared(const Shape& s)
+    Shared(const Shape& s, const Place& place)
         : shape(s),
-          heaps{{HeapLayout::make(s).bytes, 0}, {HeapLayout::make(s).bytes, 1}},
-          locals{{LocalLayout::make(s).bytes, 0}, {LocalLayout::make(s).bytes, 1}},
-          numbers{{4, 0}, {4, 1}},
+          heaps{{HeapLayout::make(s).bytes, place.device[0]},
+                {HeapLayout::make(s).bytes, place.device[1]}},
+          locals{{LocalLayout::make(s).bytes, place.device[0]},
+                 {LocalLayout::make(s).bytes, place.device[1]}},
+          numbers{{4, place.device[0]}, {4, place.device[1]}},
           faults{PinnedMemory(4096), PinnedMemory(4096)} {}
 };
 
@@ -88,8 +110,8 @@ struct Tensors {
     std::vector<int64_t> topk_idx;
     std::vector<float> weights;
 
-    Tensors(const Case& c, int gpu) {
-        std::mt19937 random(static_cast<unsigned>(77 * gpu + c.num_tokens));
+    Tensors(const Case& c, int rank) {
+        std::mt19937 random(static_cast<unsigned>(77 * rank + c.num_tokens));
         std::normal_distribution<float> normal;
         x.resize(static_cast<size_t>(c.num_tokens) * kHidden);
         for (uint16_t& v : x) v = float_to_bf16(normal(random));
@@ -111,64 +133,89 @@ double largest_error(const std::vector<uint16_t>& x, const uint16_t* device_out)
     for (size_t i = 0; i < x.size(); ++i) {
         const double right = bf16_to_float(x[i]) * sum;
         const double error = std::abs(bf16_to_float(out[i]) - right) / (std::abs(right) + 1e-2);
-        if (!(error <= worst)) worst = error;
+        if (!std::isfinite(error)) return HUGE_VAL;
+        worst = std::max(worst, error);
     }
     return worst;
 }
 
-void run_gpu(int gpu, const Case& c, Shared& shared) {
+void run_rank(int me, const Case& c, const Place& place, Shared& shared) {
+    const int gpu = place.device[me];
     EP_CUDA(cudaSetDevice(gpu));
     const Shape& s = shared.shape;
-    const CudaRank rank(s, gpu, {shared.heaps[0].address(), shared.heaps[1].address()},
-                        shared.locals[gpu].address(), shared.faults[gpu].address(),
-                        {gpu, 0, c.pdl});
+    const CudaRank rank(s, me, {shared.heaps[0].address(), shared.heaps[1].address()},
+                        shared.locals[me].address(), shared.faults[me].address(),
+                        {gpu, place.num_sms, c.pdl});
     rank.set_time_budget(kBudgetNs);
     const int local = s.num_local_experts();
     const bool compact = c.format == Format::kCompact;
     const size_t rows = static_cast<size_t>(s.max_messages()) * (compact ? 1 : local);
-    const Tensors host(c, gpu);
+    const Tensors host(c, me);
     const Array<uint16_t> x(host.x, gpu), out(host.x.size(), gpu), y(rows * kHidden, gpu);
     const Array<int64_t> topk_idx(host.topk_idx, gpu);
     const Array<float> weights(host.weights, gpu), scales(rows * kHidden / kScaleGroup, gpu);
-    const Array<uint8_t> received(rows * s.row_bytes(), gpu);
-    const Array<int32_t> recv_count(local, gpu), offset(local + 1, gpu), messages(kGpus, gpu);
+    const Array<uint8_t> received(rows * s.row_bytes(c.wire), gpu);
+    const Array<uint8_t> routing_memory(RoutingLayout::make(s).bytes, gpu);
+    const Routing routing = Routing::at(routing_memory.data(), s);
+    const Array<int32_t> recv_count(local, gpu), offset(local + 1, gpu), messages(kRanks, gpu);
     const Array<int32_t> choices(static_cast<size_t>(s.max_messages()) * kTopk, gpu);
     const Array<float> choice_weights(static_cast<size_t>(s.max_messages()) * kTopk, gpu);
     // BF16 rows are combined as they came; FP8 ones stand in for any result.
     const uint16_t* result =
         c.wire == Wire::kBf16 ? reinterpret_cast<const uint16_t*>(received.data()) : y.data();
-    const SendInput in{x.data(),       kHidden,      topk_idx.data(), 8,
-                       weights.data(), c.num_tokens, nullptr};
-    const RecvTarget target{c.format,          1,
-                            received.data(),   scales.data(),
-                            recv_count.data(), offset.data(),
-                            choices.data(),    choice_weights.data(),
-                            messages.data()};
+    const SendInput in{.wire = c.wire,
+                       .x = reinterpret_cast<const uint8_t*>(x.data()),
+                       .row_stride = 2 * kHidden,
+                       .topk_idx = topk_idx.data(),
+                       .idx_bytes = 8,
+                       .weights = weights.data(),
+                       .num_tokens = c.num_tokens,
+                       .routing = routing};
+    constexpr int kGroups = kHidden / kScaleGroup;
+    const RecvTarget target{.format = c.format,
+                            .wire = c.wire,
+                            .alignment = 1,
+                            .x = received.data(),
+                            .scales = {reinterpret_cast<uint32_t*>(scales.data()), false,
+                                       s.max_messages() * kGroups, kGroups, 1},
+                            .recv_count = recv_count.data(),
+                            .expert_offset = offset.data(),
+                            .topk_idx = choices.data(),
+                            .topk_weights = choice_weights.data(),
+                            .num_messages = messages.data(),
+                            .routing = routing};
+    const CombineInput rows_home{.y = result, .row_stride = kHidden, .routing = routing};
+    const CombineOutput sums{
+        .out = out.data(), .num_tokens = c.num_tokens, .routing = routing};
+    // Apart from the default stream, where the other rank of this GPU may be copying; so what was
+    // copied there above must have arrived first.
     cudaStream_t stream;
-    EP_CUDA(cudaStreamCreate(&stream));
+    EP_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    EP_CUDA(cudaDeviceSynchronize());
     const auto handle = reinterpret_cast<StreamHandle>(stream);
-    const auto pair = [&] {
+    const auto pair = [&](What what) {
         if (c.fused) {
-            rank.dispatch_fused(0, in, target, c.num_tokens, handle);
-            rank.combine_fused(0, result, kHidden, out.data(), c.num_tokens, nullptr, c.num_tokens,
-                               handle);
+            if (what != What::kCombine) rank.dispatch_fused(0, in, target, c.num_tokens, handle);
+            if (what != What::kDispatch) {
+                rank.combine_fused(0, rows_home, sums, c.num_tokens, handle);
+            }
             return;
         }
         rank.dispatch_send(0, in, handle);
         rank.dispatch_recv(0, target, c.num_tokens, handle);
-        rank.combine_send(0, result, kHidden, c.num_tokens, handle);
-        rank.combine_recv(0, out.data(), c.num_tokens, nullptr, handle);
+        rank.combine_send(0, rows_home, c.num_tokens, handle);
+        rank.combine_recv(0, sums, handle);
     };
     shared.meet.arrive_and_wait();
-    pair();
+    pair(What::kPair);
     EP_CUDA(cudaStreamSynchronize(stream));
     const bool checked = c.wire == Wire::kBf16 && !compact;
-    shared.error[gpu] = checked ? largest_error(host.x, out.data()) : -1;
+    shared.error[me] = checked ? largest_error(host.x, out.data()) : -1;
 
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     EP_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < kPairs; ++i) pair();
+    for (int i = 0; i < kPairs; ++i) pair(c.what);
     EP_CUDA(cudaStreamEndCapture(stream, &graph));
     EP_CUDA(cudaGraphInstantiate(&exec, graph, 0));
     EP_CUDA(cudaGraphUpload(exec, stream));
@@ -177,8 +224,8 @@ void run_gpu(int gpu, const Case& c, Shared& shared) {
     EP_CUDA(cudaEventCreate(&end));
     for (int i = 0; i < kWarmups + kReplays; ++i) {
         shared.meet.arrive_and_wait();
-        meet_kernel<<<1, 1, 0, stream>>>(reinterpret_cast<int*>(shared.numbers[gpu].address()),
-                                         reinterpret_cast<int*>(shared.numbers[1 - gpu].address()),
+        meet_kernel<<<1, 1, 0, stream>>>(reinterpret_cast<int*>(shared.numbers[me].address()),
+                                         reinterpret_cast<int*>(shared.numbers[1 - me].address()),
                                          i + 1);
         EP_CUDA(cudaEventRecord(begin, stream));
         EP_CUDA(cudaGraphLaunch(exec, stream));
@@ -186,7 +233,7 @@ void run_gpu(int gpu, const Case& c, Shared& shared) {
         EP_CUDA(cudaStreamSynchronize(stream));
         float ms = 0;
         EP_CUDA(cudaEventElapsedTime(&ms, begin, end));
-        if (i >= kWarmups) shared.times[gpu].push_back(1000 * ms / kPairs);
+        if (i >= kWarmups) shared.times[me].push_back(1000 * ms / kPairs);
     }
     EP_CUDA(cudaGraphExecDestroy(exec));
     EP_CUDA(cudaGraphDestroy(graph));
@@ -194,10 +241,23 @@ void run_gpu(int gpu, const Case& c, Shared& shared) {
     shared.meet.arrive_and_wait();  // both are done before either's memory goes
 }
 
-void measure(const Case& c) {
-    Shared shared({kGpus, c.num_experts, kTopk, kHidden, std::max(128, c.num_tokens), 1, c.wire});
-    std::thread second([&] { run_gpu(1, c, shared); });
-    run_gpu(0, c, shared);
+// A rank that throws would leave the other in a barrier, so the program ends here.
+void run_or_exit(int me, const Case& c, const Place& place, Shared& shared) {
+    try {
+        run_rank(me, c, place, shared);
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "rank %d, %s T=%d: %s\n", me, c.name, c.num_tokens, error.what());
+        std::_Exit(1);
+    }
+}
+
+// Returns whether the case was right, as far as it checks itself.
+bool measure(const Case& c, const Place& place) {
+    const Shape shape{kRanks, c.num_experts, kTopk, kHidden, std::max(128, c.num_tokens),
+                      1,      c.wire, 0, 0};
+    Shared shared(shape, place);
+    std::thread second([&] { run_or_exit(1, c, place, shared); });
+    run_or_exit(0, c, place, shared);
     second.join();
     std::vector<float> slower;
     for (int i = 0; i < kReplays; ++i) {
@@ -207,41 +267,98 @@ void measure(const Case& c) {
     std::printf("%-16s T=%4d E=%3d %s pdl=%d: median %.2f us (%.2f-%.2f)", c.name, c.num_tokens,
                 c.num_experts, c.fused ? "fused" : "split", c.pdl, slower[kReplays / 2],
                 slower.front(), slower.back());
+    bool right = true;
     if (shared.error[0] >= 0) {
         std::printf("  largest error %.2g", std::max(shared.error[0], shared.error[1]));
+        right = shared.error[0] <= kErrorLimit && shared.error[1] <= kErrorLimit;
+        if (!right) std::printf(" WRONG");
     }
-    for (int gpu = 0; gpu < kGpus; ++gpu) {
-        const Fault& fault = reinterpret_cast<FaultBoard*>(shared.faults[gpu].address())->fatal;
-        if (fault.code != 0)
-            std::printf("  FAULT %u on GPU %d, peer %d", fault.code, gpu, fault.peer);
+    for (int rank = 0; rank < kRanks; ++rank) {
+        const Fault& fault = reinterpret_cast<FaultBoard*>(shared.faults[rank].address())->fatal;
+        if (fault.code == 0) continue;
+        right = false;
+        std::printf("  FAULT %u on rank %d, peer %d", fault.code, rank, fault.peer);
     }
     std::puts("");
     std::fflush(stdout);
+    return right;
+}
+
+// With `pdl`, two kernels of a rank can be resident at once, the second waiting for the first.
+// Ranks of one GPU wait for each other as well, so everything that can be resident together must
+// fit.
+Place on_one_gpu(bool pdl, int num_sms) {
+    const int kernels = kRanks * (pdl ? 2 : 1);
+    return {{0, 0}, num_sms > 0 ? num_sms : device_attributes(0).at("num_sms") / kernels};
+}
+
+struct Options {
+    bool one_gpu = false;
+    int num_sms = 0;
+};
+
+bool parse(int argc, char** argv, Options& options) {
+    for (int i = 1; i < argc; ++i) {
+        if (std::strcmp(argv[i], "--one-gpu") == 0) {
+            options.one_gpu = true;
+        } else if (std::strcmp(argv[i], "--sms") == 0 && i + 1 < argc) {
+            options.num_sms = std::atoi(argv[++i]);
+            if (options.num_sms < 1) return false;
+        } else {
+            return false;
+        }
+    }
+    return true;
 }
 
 }  // namespace
 
-int main() {
-    if (device_count() < kGpus) {
-        std::fprintf(stderr, "two GPUs are needed, %d here\n", device_count());
+int main(int argc, char** argv) {
+    Options options;
+    if (!parse(argc, argv, options)) {
+        std::fprintf(stderr, "usage: %s [--one-gpu] [--sms N], N at least 1\n", argv[0]);
+        return 2;
+    }
+    const int gpus = device_count();
+    if (gpus == 0) {
+        std::fprintf(stderr, "a GPU is needed, none here\n");
         return 1;
     }
-    enable_peer_access(0, 1);
-    enable_peer_access(1, 0);
+    constexpr bool kPdl = true;
+    Place place{{0, 1}, options.num_sms};
+    if (options.one_gpu || gpus == 1) {
+        place = on_one_gpu(kPdl, options.num_sms);
+        std::printf("both ranks on one GPU, %d SMs' worth of CTAs each: no link is measured\n",
+                    place.num_sms);
+    } else {
+        enable_peer_access(0, 1);
+        enable_peer_access(1, 0);
+    }
+    bool right = true;
     for (const bool fused : {false, true}) {
         for (const int t : {1, 8, 128}) {
-            measure({"bf16 batched", t, 256, Wire::kBf16, Format::kBatched, fused, true});
+            right &= measure({"bf16 batched", t, 256, Wire::kBf16, Format::kBatched, fused, kPdl},
+                             place);
         }
     }
     for (const bool fused : {false, true}) {
         for (const int t : {1, 8, 32, 64, 128}) {
-            measure({"fp8 batched", t, 256, Wire::kFp8, Format::kBatched, fused, true});
+            right &=
+                measure({"fp8 batched", t, 256, Wire::kFp8, Format::kBatched, fused, kPdl}, place);
+        }
+    }
+    for (const int t : {1, 8, 128}) {
+        for (const What what : {What::kDispatch, What::kCombine}) {
+            const char* name = what == What::kDispatch ? "fp8 dispatch" : "fp8 combine";
+            right &= measure({name, t, 256, Wire::kFp8, Format::kBatched, true, kPdl, what}, place);
         }
     }
     for (const int t : {1, 8, 32, 64, 128, 512, 1024}) {
-        measure({"fp8 compact", t, 256, Wire::kFp8, Format::kCompact, true, true});
+        right &= measure({"fp8 compact", t, 256, Wire::kFp8, Format::kCompact, true, kPdl}, place);
     }
     for (const int t : {512, 1024}) {
-        measure({"fp8 contiguous", t, 256, Wire::kFp8, Format::kContiguous, true, true});
+        right &=
+            measure({"fp8 contiguous", t, 256, Wire::kFp8, Format::kContiguous, true, kPdl}, place);
     }
+    return right ? 0 : 1;
 }

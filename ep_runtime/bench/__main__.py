@@ -1,4 +1,4 @@
-"""`python -m ep_runtime.bench low-latency|link|compare ...`."""
+"""`python -m ep_runtime.bench low-latency|normal|link|compare ...`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ep_runtime.bench import compare, link, low_latency
-from ep_runtime.bench.arguments import parse_link, parse_low_latency
+from ep_runtime.bench import compare, link, low_latency, normal
+from ep_runtime.bench.arguments import parse_link, parse_low_latency, parse_normal
 from ep_runtime.errors import EpError
 
 USAGE = """usage: python -m ep_runtime.bench low-latency [--help] [options]
+       python -m ep_runtime.bench normal [--help] [options]
        python -m ep_runtime.bench link [--help] [options]
        python -m ep_runtime.bench compare OLD.json NEW.json"""
 
@@ -21,6 +22,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if name == "low-latency":
             return low_latency.main(parse_low_latency(rest))
+        if name == "normal":
+            return normal.main(parse_normal(rest))
         if name == "link":
             return link.main(parse_link(rest))
         if name == "compare" and len(rest) == 2:

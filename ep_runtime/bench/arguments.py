@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_runtime.bench.link import LinkOptions
+from ep_runtime.bench.normal_options import NormalOptions
 from ep_runtime.bench.options import LowLatencyOptions
 
 _LISTS = {
@@ -37,7 +38,7 @@ _PLAIN: dict[str, type] = {
     "commit": str,
     "seed": int,
 }
-_SWITCHES = ("plot", "graph_mixing")
+_SWITCHES = ("plot", "graph_mixing", "share_gpu")
 
 
 def parse_low_latency(argv: Sequence[str]) -> LowLatencyOptions:
@@ -61,6 +62,46 @@ def parse_low_latency(argv: Sequence[str]) -> LowLatencyOptions:
         if name in given:
             given[name] = tuple(kind(part) for part in given[name].split(",") if part)
     return LowLatencyOptions(**_with_out(given), command=command_line("low-latency", argv))
+
+
+_NORMAL_LISTS = {"tokens": int, "formats": str, "sms": int, "timings": str, "peers": str}
+_NORMAL_PLAIN: dict[str, type] = {
+    "hidden": int,
+    "topk": int,
+    "num_experts": int,
+    "ranks": int,
+    "skew": str,
+    "repeats": int,
+    "replays": int,
+    "backend": str,
+    "link_gbs": float,
+    "label": str,
+    "commit": str,
+    "seed": int,
+}
+_NORMAL_SWITCHES = ("plot", "share_gpu")
+
+
+def parse_normal(argv: Sequence[str]) -> NormalOptions:
+    """Options of `normal`; lists are comma-separated. Exits with usage on unknown ones."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ep_runtime.bench normal",
+        description="Dispatch and combine at prefill sizes: checked, then timed. Lists: 8,24,0.",
+    )
+    defaults = NormalOptions()
+    for name in _NORMAL_LISTS:
+        shown = ",".join(map(str, getattr(defaults, name)))
+        parser.add_argument(_flag(name), help=f"default: {shown}")
+    for name, kind in _NORMAL_PLAIN.items():
+        parser.add_argument(_flag(name), type=kind, help=f"default: {getattr(defaults, name)}")
+    for name in _NORMAL_SWITCHES:
+        parser.add_argument(_flag(name), action="store_true", default=None)
+    parser.add_argument("--out", help=f"folder, or - for none; default: {defaults.out}")
+    given = {name: v for name, v in vars(parser.parse_args(argv)).items() if v is not None}
+    for name, kind in _NORMAL_LISTS.items():
+        if name in given:
+            given[name] = tuple(kind(part) for part in given[name].split(",") if part)
+    return NormalOptions(**_with_out(given), command=command_line("normal", argv))
 
 
 def parse_link(argv: Sequence[str]) -> LinkOptions:
@@ -92,4 +133,7 @@ def _flag(name: str) -> str:
 # Every option has a flag, or this module would silently leave it out.
 _COVERED = {*_LISTS, *_PLAIN, *_SWITCHES, "parts", "out", "command"}
 if missing := {f.name for f in fields(LowLatencyOptions)} ^ _COVERED:
+    raise TypeError(f"options and flags differ in {sorted(missing)}; add them to arguments.py")
+_NORMAL_COVERED = {*_NORMAL_LISTS, *_NORMAL_PLAIN, *_NORMAL_SWITCHES, "out", "command"}
+if missing := {f.name for f in fields(NormalOptions)} ^ _NORMAL_COVERED:
     raise TypeError(f"options and flags differ in {sorted(missing)}; add them to arguments.py")

@@ -18,10 +18,16 @@ DIGIT = 256  # a token number is written as two channels, each exact in bf16
 
 def wrong_rows(received: Received, problem: Problem, expected: Expected, index: int) -> str:
     """What differs from the reference's `expected_places`, or ""."""
-    for name in ("recv_count", "expert_offset", "num_messages"):
+    for name in ("recv_count", "expert_offset", "num_messages", "layout_range"):
         wanted, got = getattr(expected, name), getattr(received, name)
         if wanted is not None and not torch.equal(got.cpu(), wanted):
             return f"{name} differs from the reference"
+    if expected.source_token is not None:
+        wrong = received.source_token is None or not torch.equal(
+            received.source_token.cpu()[expected.valid], expected.source_token[expected.valid]
+        )
+        if wrong:
+            return "source_token differs from the reference"
     if not _same_choices(received, expected):
         return "topk_idx or topk_weights differ from the reference"
     valid = expected.valid.to(problem.device)

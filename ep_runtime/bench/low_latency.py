@@ -24,12 +24,10 @@ from ep_runtime.bench.peers.find import find_peers
 from ep_runtime.bench.records import Record, write_records
 from ep_runtime.bench.routing import Sizes
 from ep_runtime.bench.session import Session, open_session
+from ep_runtime.bench.sharing import gpus_for, plan_ranks
 from ep_runtime.connect import choose_device
-from ep_runtime.errors import BuildError
 from ep_runtime.launch import launch
 from ep_runtime.world import World
-
-HOST_RANKS = 2
 
 __all__ = ["LowLatencyOptions", "Record", "main", "run"]
 
@@ -47,18 +45,14 @@ def main(options: LowLatencyOptions, console: Console | None = None) -> int:
 
 def run(options: LowLatencyOptions) -> list[Record]:
     """Measure on every rank (started here, or this process's under torchrun); the same records
-    everywhere. Raises BuildError for a backend that this machine lacks."""
-    settings = env.read()
+    everywhere. Raises BuildError for a backend, or for a way to share GPUs, that this machine
+    lacks, and ConfigError for ranks that it cannot place."""
     cuda = choose_device(options.backend, None).type == "cuda"
-    num_gpus = torch.cuda.device_count()
-    num_ranks = options.ranks or settings.world_size or (num_gpus if cuda else HOST_RANKS)
-    if cuda and not settings.under_torchrun and num_ranks > num_gpus:
-        raise BuildError(
-            f"ranks={num_ranks} but this process sees {num_gpus} GPUs, and the benchmark runs one"
-            " rank per GPU; lower ranks"
-        )
-    options = replace(options, backend="cuda" if cuda else "host", ranks=num_ranks)
-    return launch(measure, num_ranks, options, gpu_per_rank=cuda)[0]
+    plan = plan_ranks(options, env.read(), cuda=cuda, num_gpus=torch.cuda.device_count())
+    options = replace(options, backend="cuda" if cuda else "host", ranks=plan.num_ranks)
+    with gpus_for(plan):
+        spread = cuda and not plan.one_gpu
+        return launch(measure, plan.num_ranks, options, gpu_per_rank=spread)[0]
 
 
 def measure(world: World, options: LowLatencyOptions) -> list[Record]:

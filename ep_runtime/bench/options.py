@@ -13,7 +13,15 @@ Skew = Literal["uniform", "zipf", "one-rank", "half-empty"]
 Backend = Literal["auto", "cuda", "host"]
 DISPATCH_FORMATS = ("fp8", "bf16")
 RECV_FORMATS = ("batched", "compact", "contiguous")
-PEERS = ("nccl-ag-rs", "nccl-ag-rs-symm", "nccl-a2a", "nccl-a2a-equal", "deep_ep", "flashinfer")
+PEERS = (
+    "nccl-ag-rs",
+    "nccl-ag-rs-symm",
+    "nccl-a2a",
+    "nccl-a2a-equal",
+    "torch-symm-a2a",
+    "deep_ep",
+    "flashinfer",
+)
 SMALLEST_MAX_TOKENS = 128  # a decode server sizes its buffers once, so small T run in the same one
 
 
@@ -22,7 +30,9 @@ class LowLatencyOptions:
     """Sizes, variants and effort of `ep-runtime bench low-latency`.
 
     tokens            tokens per rank T, one run of cases each
-    ranks             0: every visible GPU (cuda), or two processes (host)
+    ranks             0: every visible GPU (cuda; two ranks where there is one), or two processes
+                      (host). More ranks than GPUs share them, see `ep_runtime.bench.sharing`
+    share_gpu         put all ranks on the first GPU, also where there are more
     modes             fused: one kernel an operation; split: send and receive launched one after
                       the other; hook: split with `compute_us` of other work in between, of which
                       the time that remains exposed is reported
@@ -45,6 +55,7 @@ class LowLatencyOptions:
     topk: int = 8
     experts: tuple[int, ...] = (256, 32)
     ranks: int = 0
+    share_gpu: bool = False
     dispatch_formats: tuple[str, ...] = ("fp8",)
     recv_formats: tuple[str, ...] = ("batched", "compact")
     modes: tuple[Mode, ...] = ("fused",)

@@ -52,17 +52,18 @@ def shared_store(world: World) -> Store:
     return TCPStore("127.0.0.1", int(port), is_master=False, timeout=TIMEOUT)
 
 
-def start_group(store: Store, rank: int, num_ranks: int, device: torch.device) -> dist.ProcessGroup:
-    """The peers' group: NCCL on GPUs, Gloo on CPU ranks. Uses one that is already there."""
+def start_group(
+    store: Store, rank: int, num_ranks: int, device: torch.device, *, nccl: bool
+) -> dist.ProcessGroup:
+    """The peers' group: NCCL's, or Gloo's. Uses one that is already there."""
     if not dist.is_initialized():
-        cuda = device.type == "cuda"
         dist.init_process_group(
-            "nccl" if cuda else "gloo",
+            "nccl" if nccl else "gloo",
             store=PrefixStore("bench", store),
             rank=rank,
             world_size=num_ranks,
             timeout=TIMEOUT,
-            device_id=device if cuda else None,
+            device_id=device if nccl else None,
         )
     group = dist.group.WORLD
     if group is None:

@@ -31,11 +31,12 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One implementation at one size."""
+    """One implementation at one size. ranks_per_gpu: above 1 no link was measured."""
 
     impl: str
     mode: str
     num_ranks: int
+    ranks_per_gpu: int
     num_tokens: int
     hidden: int
     topk: int

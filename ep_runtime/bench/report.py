@@ -13,6 +13,7 @@ from rich.table import Table
 from ep_runtime.bench.machine import slug
 from ep_runtime.bench.options import LowLatencyOptions
 from ep_runtime.bench.records import Case, Record, write_records
+from ep_runtime.bench.traffic import time_at
 
 OPS = ("pair", "dispatch", "combine")
 OURS_PREFIX = "ep_runtime"
@@ -51,10 +52,12 @@ def wide_console() -> Console:
 
 
 def result_path(out: Path, records: Sequence[Record], label: str = "") -> Path:
-    """low-latency-<device>-r<R>.json in `out`; a skew that is not uniform and a label follow."""
+    """low-latency-<device>-r<R>.json in `out`; "shared" where ranks share a GPU, a skew that is not
+    uniform and a label follow."""
     machine, case = records[0].machine, records[0].case
     skew = "" if case.skew == "uniform" else case.skew
-    parts = ("low-latency", slug(machine.device), f"r{case.num_ranks}", skew, slug(label))
+    shared = "shared" if case.ranks_per_gpu > 1 else ""
+    parts = ("low-latency", slug(machine.device), f"r{case.num_ranks}", shared, skew, slug(label))
     return out / ("-".join(part for part in parts if part) + ".json")
 
 
@@ -72,7 +75,7 @@ def headlines(records: Sequence[Record]) -> list[Table]:
     for num_experts, wire in sorted({_panel(r.case) for r in pairs}, reverse=True):
         here = [r for r in pairs if _panel(r.case) == (num_experts, wire)]
         sizes = sorted({record.case.num_tokens for record in here})
-        table = _table(f"Pair, us: E={num_experts}, {wire} dispatch")
+        table = _table(f"Pair, us: E={num_experts}, {wire} dispatch{_no_link(here[0].case)}")
         table.add_column("implementation", no_wrap=True)
         for tokens in sizes:
             table.add_column(f"T={tokens}", justify="right")
@@ -92,8 +95,8 @@ def summary_table(records: Sequence[Record]) -> Table:
     table = _table("Pair, dispatch and combine, us")
     for name in ("E", "T", "wire", "implementation"):
         table.add_column(name, justify="right" if len(name) == 1 else "left", no_wrap=True)
-    columns = ("pair us", "min-max", "dispatch", "combine", "floor us", "of floor", "heap MB")
-    for name in (*columns, "error"):
+    columns = ("pair us", "min-max", "dispatch", "combine", "floor us", "of floor", "of link")
+    for name in (*columns, "heap MB", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     for case, ops in _by_case(records, OPS):
         pair = ops.get("pair")
@@ -108,6 +111,7 @@ def summary_table(records: Sequence[Record]) -> Table:
             _cell(ops.get("combine")),
             "-" if pair is None or pair.floor_us is None else f"{pair.floor_us:.1f}",
             _of_floor(pair),
+            _of_link(pair),
             "-" if pair is None or pair.heap_bytes is None else f"{pair.heap_bytes / 1e6:.1f}",
             "-" if pair is None or pair.error is None else f"{pair.error:.0e}",
         )
@@ -147,7 +151,7 @@ def plot(records: Sequence[Record], path: Path) -> Path:
         axes.set_yscale("log")
         axes.set_xlabel("tokens per rank")
         axes.set_ylabel("dispatch + combine, us (slowest rank, median)")
-        axes.set_title(f"E={panel[0]}, {panel[1]} dispatch")
+        axes.set_title(f"E={panel[0]}, {panel[1]} dispatch{_no_link(here[0].case)}")
         axes.grid(visible=True, which="both", alpha=0.3)
         axes.legend(fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,10 +200,18 @@ def _heading(records: Sequence[Record]) -> str:
     timings = ", ".join(sorted({r.timing for r in records if r.op == "pair" and r.timing}))
     sms = first.num_sms or "all"
     return (
-        f"{first.num_ranks} ranks, {machine.device}, H={first.hidden} K={first.topk}"
-        f" M={first.max_tokens} skew={first.skew} SMs={sms}; {first.pairs} pairs, {timings or '-'},"
+        f"{first.num_ranks} ranks{_no_link(first)}, {machine.device},"
+        f" H={first.hidden} K={first.topk} M={first.max_tokens} skew={first.skew} SMs={sms};"
+        f" {first.pairs} pairs, {timings or '-'},"
         f" median of {first.replays} at the slowest rank; commit {machine.commit}"
     )
+
+
+def _no_link(case: Case) -> str:
+    """What a reader must know before any number."""
+    if case.ranks_per_gpu < 2:
+        return ""
+    return f" ({case.ranks_per_gpu} ranks share a GPU: no link is measured)"
 
 
 def _cell(record: Record | None) -> str:
@@ -219,3 +231,12 @@ def _of_floor(record: Record | None) -> str:
     if record is None or not record.median_us or record.floor_us is None:
         return "-"
     return f"{100 * record.floor_us / record.median_us:.0f}%"
+
+
+def _of_link(record: Record | None) -> str:
+    """How much of the link's measured peak the implementation's own bytes took, on average."""
+    if record is None or not record.median_us:
+        return "-"
+    if record.wire_bytes is None or record.link_gbs is None:
+        return "-"
+    return f"{100 * time_at(record.wire_bytes, record.link_gbs) / record.median_us:.0f}%"

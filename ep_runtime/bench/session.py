@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from ep_runtime.bench.link import link_rate
 from ep_runtime.bench.machine import describe
 from ep_runtime.bench.options import LowLatencyOptions
 from ep_runtime.bench.records import Machine
+from ep_runtime.bench.sharing import count_sharing, pair_barrier
 from ep_runtime.bench.team import Team
 from ep_runtime.connect import choose_device
 from ep_runtime.errors import ConfigError
@@ -25,7 +26,11 @@ from ep_runtime.world import World
 
 @dataclass(slots=True)
 class Session:
-    """One rank's share of a run. `link_gbs`: GB/s one way, given or measured, or None."""
+    """One rank's share of a run.
+
+    link_gbs       GB/s one way, given or measured; None: not known, or ranks share a GPU
+    ranks_per_gpu  above 1, `group` is Gloo's: NCCL takes one rank per GPU
+    """
 
     options: LowLatencyOptions
     team: Team
@@ -36,6 +41,11 @@ class Session:
     machine: Machine
     link_gbs: float | None
     num_sms: int
+    ranks_per_gpu: int
+
+    @property
+    def shares_gpus(self) -> bool:
+        return self.ranks_per_gpu > 1
 
 
 @contextmanager
@@ -46,20 +56,35 @@ def open_session(world: World, options: LowLatencyOptions) -> Iterator[Session]:
     num_sms = _limit_sms(options.num_sms)
     team = Team(world)
     store = process_group.shared_store(world)
-    group = process_group.start_group(store, world.rank, world.num_ranks, device)
-    clock: Clock
-    if device.type == "cuda":
-        clock = CudaClock(team.meet, process_group.device_barrier(device))
-    else:
-        clock = HostClock(team.meet)
-    rate = options.link_gbs
-    if rate is None and device.type == "cuda":
-        rate = team.gather(link_rate(device) if world.rank == 0 else None)[0]
+    sharing = _ranks_per_gpu(team, device)
+    nccl = device.type == "cuda" and sharing == 1
+    group = process_group.start_group(store, world.rank, world.num_ranks, device, nccl=nccl)
     machine = describe(device, options.command, options.commit, environment)
-    yield Session(options, team, device, clock, store, group, machine, rate, num_sms)
-    # Only after a run that came to its end: a collective that hangs would keep this waiting.
-    team.meet()
+    with ExitStack() as held:
+        clock: Clock
+        rate = options.link_gbs
+        if device.type == "cpu":
+            clock = HostClock(team.meet)
+        elif nccl:
+            clock = CudaClock(team.meet, process_group.device_barrier(device))
+            if rate is None:
+                rate = team.gather(link_rate(device) if world.rank == 0 else None)[0]
+        else:
+            barrier = pair_barrier(store, world.rank, world.num_ranks, device)
+            clock = CudaClock(team.meet, held.enter_context(barrier))
+            rate = None
+        yield Session(options, team, device, clock, store, group, machine, rate, num_sms, sharing)
+        # Only after a run that came to its end: a collective that hangs would keep this waiting.
+        team.meet()
     dist.destroy_process_group()
+
+
+def _ranks_per_gpu(team: Team, device: torch.device) -> int:
+    """The most ranks that are on one GPU; 1 on the CPU."""
+    own = f"rank {team.rank}"
+    if device.type == "cuda":
+        own = str(torch.cuda.get_device_properties(device).uuid)
+    return count_sharing(team.gather(own))
 
 
 def _limit_sms(wanted: int) -> int:

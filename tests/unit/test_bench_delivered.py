@@ -12,7 +12,7 @@ from ep_runtime.bench.delivered import expected_places, wrong_rows
 from ep_runtime.bench.implementation import Problem
 from ep_runtime.bench.routing import Sizes
 from ep_runtime.config import DispatchFormat, EpConfig, RecvFormat
-from ep_runtime.handles import Handle, Received
+from ep_runtime.handles import Handle, Received, Uses
 from ep_runtime.reference import RankInput
 
 SIZES = Sizes(num_ranks=2, num_tokens=6, hidden=384, topk=3, num_experts=8, skew="uniform", seed=5)
@@ -43,12 +43,13 @@ def case(
     inputs = [RankInput(one.x, one.topk_idx, one.topk_weights) for one in problem.everyone[0]]
     expected = reference.dispatch(config, inputs)[1]
     names = {field.name for field in fields(Received)} - {"handle"}
-    handle = Handle(object(), 0, 6, None, 0)
+    handle = Handle(object(), 0, 6, None, 0, False, torch.empty(0), Uses(), 0)
     received = Received(**{name: getattr(expected, name) for name in names}, handle=handle)
-    for name in ("x", "scales", "topk_idx", "topk_weights"):
+    for name in ("x", "scales", "topk_idx", "topk_weights", "source_token"):
         tensor = getattr(received, name)
         if tensor is not None:  # undefined rows may hold anything
-            tensor.view(torch.uint8)[~expected.valid] = 0x5A
+            rows = tensor.unsqueeze(-1) if name == "source_token" else tensor
+            rows.view(torch.uint8)[~expected.valid] = 0x5A
     return received, problem, config, expected.valid
 
 
@@ -77,16 +78,18 @@ def test_one_changed_bit_is_found_in_any_tensor(wire: DispatchFormat, recv: Recv
         if name == "topk_weights":  # of an expert of this rank
             assert received.topk_idx is not None
             where = (valid.unsqueeze(-1) & (received.topk_idx >= 0)).nonzero()[-1]
+        elif name == "source_token":
+            where = valid.nonzero()[-1]
         elif name in ("x", "scales", "topk_idx"):
             where = torch.cat([valid.nonzero()[-1], torch.tensor([tensor.shape[-1] - 1])])
         else:
-            where = torch.tensor([tensor.shape[0] - 1])
+            where = torch.tensor(tensor.shape) - 1
         element = tensor[tuple(where.tolist())].reshape(1)
         changed = element.view(torch.uint8) ^ torch.tensor([1] + [0] * (element.element_size() - 1))
         tensor[tuple(where.tolist())] = changed.to(torch.uint8).view(tensor.dtype)[0]
         assert verdict(received, problem, config) != "", name
         found += 1
-    assert found == {"batched": 3, "contiguous": 4, "compact": 5}[recv] + (wire == "fp8")
+    assert found == {"batched": 5, "contiguous": 4, "compact": 5}[recv] + (wire == "fp8")
 
 
 def test_rows_of_two_sources_in_the_wrong_order_are_found() -> None:

@@ -14,7 +14,9 @@ from ep_runtime.bench.options import LowLatencyOptions
 from ep_runtime.bench.records import Record, read_records
 
 RECORDS = [
-    timed(12.34, floor_us=3.0, heap_bytes=6_000_000, error=3e-3),
+    timed(
+        12.34, floor_us=3.0, wire_bytes=1_234_000, link_gbs=200.0, heap_bytes=6_000_000, error=3e-3
+    ),
     timed(5.0, "dispatch"),
     timed(6.0, "combine"),
     timed(2.0, "dispatch_send"),
@@ -39,11 +41,11 @@ def cells(text: str, start: str) -> list[str]:
 
 def test_a_row_has_pair_spread_parts_and_how_near_the_floor_it_is() -> None:
     row = cells(text_of(RECORDS), "ep_runtime batched fused")
-    assert row == ["12.3", "11.8-13.3", "5.0", "6.0", "3.0", "24%", "6.0", "3e-03"]
+    assert row == ["12.3", "11.8-13.3", "5.0", "6.0", "3.0", "24%", "50%", "6.0", "3e-03"]
 
 
 def test_numbers_that_are_not_there_are_dashes() -> None:
-    assert cells(text_of(RECORDS), "nccl-ag-rs rank-major")[2:] == ["-"] * 6
+    assert cells(text_of(RECORDS), "nccl-ag-rs rank-major")[2:] == ["-"] * 7
 
 
 def test_the_last_table_has_implementations_as_rows_and_sizes_as_columns() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ep_runtime.bench.implementation import Implementation, Problem
-from ep_runtime.bench.peers import Absent, Peer
+from ep_runtime.bench.options import PEERS
+from ep_runtime.bench.peers import Absent, Peer, symmetric
 from ep_runtime.bench.peers.collectives import Collectives
 from ep_runtime.bench.session import Session
 
@@ -23,6 +24,10 @@ class Found:
 
 def find_peers(session: Session) -> Found:
     """Look for every peer that the options want. The same on all ranks of a homogeneous host."""
+    if session.shares_gpus:
+        reason = f"it takes one GPU per rank, and here {session.ranks_per_gpu} ranks share one"
+        wanted = [name for name in PEERS if session.options.wants(name)]
+        return Found([], [Absent(name, reason) for name in wanted], lambda: None)
     collectives = Collectives(session.options, session.group, session.device)
     peers, absent = collectives.find()
     for name in ("flashinfer", "deep_ep"):
@@ -33,6 +38,10 @@ def find_peers(session: Session) -> Found:
             absent.append(found)
         else:
             peers.append(found)
+    if session.options.wants(symmetric.NAME):  # last: it starts a library of its own
+        more, missing = symmetric.find_symmetric(session.options, session.group, session.device)
+        peers += more
+        absent += missing
     return Found(peers, absent, collectives.close)
 
 

@@ -21,6 +21,7 @@ class Wire:
     hidden: int
     topk: int
     dispatch_format: str
+    alignment: int = ROW_ALIGNMENT
 
     @property
     def fp8(self) -> bool:
@@ -28,10 +29,10 @@ class Wire:
 
     @property
     def row_bytes(self) -> int:
-        """Of a packed row, a multiple of 16."""
+        """Of a packed row, a multiple of `alignment`, which is one of 16."""
         entries = 2 * ENTRY_BYTES * self.topk
         unpadded = row_bytes(self.dispatch_format, self.hidden) + entries
-        return -(-unpadded // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        return -(-unpadded // self.alignment) * self.alignment
 
     def empty_rows(self, num_rows: int, device: torch.device) -> torch.Tensor:
         """uint8 [num_rows, row_bytes] of empty rows."""

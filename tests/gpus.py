@@ -1,0 +1,21 @@
+"""How many GPUs the tests of several GPUs use. Tests marked multi need two."""
+
+from __future__ import annotations
+
+import torch
+
+SIZES = (8, 4, 2)  # their numbers of experts are multiples of these
+
+
+def num_gpus() -> int:
+    """Two, four or eight, as many as there are; two where the tests will be skipped.
+
+    A function, for processes that set their environment before they look for a GPU."""
+    count = torch.cuda.device_count()
+    return next((size for size in SIZES if size <= count), SIZES[-1])
+
+
+def sharing_ranks() -> list[int]:
+    """Numbers of ranks that put at least two on some GPU: 2, 4 and 8, or twice the GPUs."""
+    count = max(1, torch.cuda.device_count())
+    return [size for size in (2, 4, 8) if size > count] or [2 * num_gpus()]
