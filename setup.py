@@ -189,7 +189,7 @@ def cudart_flags(cuda: Cuda) -> list[str]:
 
 def core_commands(cuda: Cuda | None, reason: str) -> dict[Path, list[str]]:
     """Every source of ep_runtime._C with the command that compiles it."""
-    bindings = [p for p in CSRC.glob("bindings*.cpp") if cuda or p.stem != "bindings_cuda"]
+    bindings = [p for p in CSRC.glob("bindings*.cpp") if cuda or "_cuda" not in p.stem]
     host = [*bindings, *CSRC.glob("host/*.cpp")]
     commands = dict.fromkeys(sorted(host), host_command(cuda))
     commands[CSRC / "bindings.cpp"] = host_command(cuda, f'-DEP_BUILD_INFO="{reason}"')
@@ -249,8 +249,13 @@ setup(
         "ep_runtime.bench.peers",
         "ep_runtime.graphs",
         "ep_runtime.integrations",
+        "ep_runtime.integrations.deep_ep",
+        "ep_runtime.integrations.deep_ep.importable",
+        "ep_runtime.integrations.deep_ep.importable.deep_ep",
+        "ep_runtime.integrations.deep_ep.importable.deep_ep_cpp",
         "ep_runtime.lm",
         "ep_runtime.memory",
+        "ep_runtime.normal",
         "ep_runtime.scheduler",
     ],
     package_dir={

@@ -29,8 +29,6 @@ using host::HostRank;
 using host::ShmSegment;
 using py::literals::operator""_a;
 
-constexpr int32_t kMaxAlignment = 1 << 16;
-
 // std::system_error -> OSError (FileExistsError, PermissionError, ... by errno).
 void translate_system_error(std::exception_ptr pending) {
     try {
@@ -42,9 +40,17 @@ void translate_system_error(std::exception_ptr pending) {
 }
 
 Shape make_shape(int32_t num_ranks, int32_t num_experts, int32_t topk, int32_t hidden,
-                 int32_t max_tokens, int32_t num_chains, int32_t wire) {
-    const Shape shape{
-        num_ranks, num_experts, topk, hidden, max_tokens, num_chains, static_cast<Wire>(wire)};
+                 int32_t max_tokens, int32_t num_chains, int32_t wire, int32_t opaque_row_bytes,
+                 int32_t opaque_scales) {
+    const Shape shape{num_ranks,
+                      num_experts,
+                      topk,
+                      hidden,
+                      max_tokens,
+                      num_chains,
+                      static_cast<Wire>(wire),
+                      opaque_row_bytes,
+                      opaque_scales};
     if (const char* reason = invalid_reason(shape)) throw std::invalid_argument(reason);
     return shape;
 }
@@ -67,33 +73,19 @@ py::dict layout(const Shape& shape) {
     py::dict d;
     d["heap_bytes"] = heap.bytes;
     d["local_bytes"] = local.bytes;
-    d["message_bytes"] = heap.message.bytes;
-    d["message_lines"] = heap.message.lines;
-    d["message_stride"] = heap.message.stride;
+    const MessageLayout message = MessageLayout::make(shape, shape.wire);
+    d["routing_bytes"] = RoutingLayout::make(shape).bytes;
+    d["message_bytes"] = message.bytes;
+    d["message_lines"] = message.lines;
+    d["message_stride"] = heap.message_stride;
+    d["dispatch_offset"] = heap.dispatch_slot(shape, 0, 0, 0, 0);  // chain 0, even epochs
+    d["dispatch_half"] = static_cast<int64_t>(shape.max_messages()) * heap.message_stride;
     d["combine_stride"] = heap.combine_stride;
     d["counts_stride"] = heap.counts.stride;
     d["stats_offset"] = local.chain(0) + local.stats_offset;  // chain c: + c * stats_stride
     d["stats_stride"] = local.chain_bytes;
     d["stats_bytes"] = sizeof(StepStats);
     return d;
-}
-
-RecvTarget make_target(int32_t format, int32_t alignment, uintptr_t x, uintptr_t scales,
-                       uintptr_t recv_count, uintptr_t expert_offset, uintptr_t topk_idx,
-                       uintptr_t topk_weights, uintptr_t num_messages) {
-    if (format < static_cast<int32_t>(Format::kBatched) ||
-        format > static_cast<int32_t>(Format::kCompact)) {
-        throw std::invalid_argument("format " + std::to_string(format) + " is not a RECV_*");
-    }
-    if (alignment < 1 || alignment > kMaxAlignment) {
-        throw std::invalid_argument("alignment " + std::to_string(alignment) + " is not in 1.." +
-                                    std::to_string(kMaxAlignment));
-    }
-    return RecvTarget{static_cast<Format>(format),   alignment,
-                      pointer<uint8_t>(x),           pointer<float>(scales),
-                      pointer<int32_t>(recv_count),  pointer<int32_t>(expert_offset),
-                      pointer<int32_t>(topk_idx),    pointer<float>(topk_weights),
-                      pointer<int32_t>(num_messages)};
 }
 
 FaultBoard* board_at(uintptr_t address) {
@@ -112,13 +104,16 @@ void bind_constants(py::module_& m) {
     add("FAULT_TIMEOUT", FaultCode::kTimeout);
     add("FAULT_ABORTED", FaultCode::kAborted);
     add("FAULT_DESYNC", FaultCode::kDesync);
-    add("FAULT_SEQUENCE", FaultCode::kSequence);
     add("FAULT_COUNT", FaultCode::kCount);
     add("FAULT_ROUTING", FaultCode::kRouting);
     add("OP_DISPATCH", Op::kDispatch);
     add("OP_COMBINE", Op::kCombine);
+    add("OP_NORMAL_NOTIFY", Op::kNormalNotify);
+    add("OP_NORMAL_DISPATCH", Op::kNormalDispatch);
+    add("OP_NORMAL_COMBINE", Op::kNormalCombine);
     add("WIRE_BF16", Wire::kBf16);
     add("WIRE_FP8", Wire::kFp8);
+    add("WIRE_OPAQUE", Wire::kOpaque);
     add("RECV_BATCHED", Format::kBatched);
     add("RECV_CONTIGUOUS", Format::kContiguous);
     add("RECV_COMPACT", Format::kCompact);
@@ -127,12 +122,11 @@ void bind_constants(py::module_& m) {
 void bind_shape(py::module_& m) {
     py::class_<Shape>(m, "Shape")
         .def(py::init(&make_shape), py::kw_only(), "num_ranks"_a, "num_experts"_a, "topk"_a,
-             "hidden"_a, "max_tokens"_a, "num_chains"_a, "wire"_a);
+             "hidden"_a, "max_tokens"_a, "num_chains"_a, "wire"_a, "opaque_row_bytes"_a = 0,
+             "opaque_scales"_a = 0);
     m.def("limits", &limits);
     m.def("layout", &layout, "shape"_a);
-    py::class_<RecvTarget>(m, "RecvTarget")
-        .def(py::init(&make_target), py::kw_only(), "format"_a, "alignment"_a, "x"_a, "scales"_a,
-             "recv_count"_a, "expert_offset"_a, "topk_idx"_a, "topk_weights"_a, "num_messages"_a);
+    bind_tensors(m);
 }
 
 void bind_faults(py::module_& m) {
@@ -155,33 +149,14 @@ void bind_faults(py::module_& m) {
     m.def("clear_faults", [](uintptr_t a) { host::clear_faults(board_at(a)); }, "address"_a);
 }
 
-void host_dispatch_send(HostRank& rank, int chain, uintptr_t x, int64_t x_stride,
-                        uintptr_t topk_idx, int32_t idx_bytes, uintptr_t weights,
-                        int32_t num_tokens, uintptr_t num_tokens_address) {
-    rank.dispatch_send(chain, make_send_input(x, x_stride, topk_idx, idx_bytes, weights, num_tokens,
-                                              num_tokens_address));
-}
-
-void host_combine_send(HostRank& rank, int chain, uintptr_t y, int64_t y_stride) {
-    rank.combine_send(chain, pointer<const uint16_t>(y), y_stride);
-}
-
-void host_combine_recv(HostRank& rank, int chain, uintptr_t out, int32_t num_tokens,
-                       uintptr_t num_tokens_address) {
-    rank.combine_recv(chain, pointer<uint16_t>(out), num_tokens,
-                      pointer<const int32_t>(num_tokens_address));
-}
-
 void bind_host_rank(py::module_& m) {
     py::class_<HostRank>(m, "HostRank")
         .def(py::init<const Shape&, int, const std::vector<uintptr_t>&, uintptr_t, uintptr_t>(),
              "shape"_a, "rank"_a, "heaps"_a, "local"_a, "fault"_a)
-        .def("dispatch_send", &host_dispatch_send, NoGil(), "chain"_a, "x"_a, "x_stride"_a,
-             "topk_idx"_a, "idx_bytes"_a, "weights"_a, "num_tokens"_a, "num_tokens_address"_a)
+        .def("dispatch_send", &HostRank::dispatch_send, NoGil(), "chain"_a, "input"_a)
         .def("dispatch_recv", &HostRank::dispatch_recv, NoGil(), "chain"_a, "target"_a)
-        .def("combine_send", &host_combine_send, NoGil(), "chain"_a, "y"_a, "y_stride"_a)
-        .def("combine_recv", &host_combine_recv, NoGil(), "chain"_a, "out"_a, "num_tokens"_a,
-             "num_tokens_address"_a)
+        .def("combine_send", &HostRank::combine_send, NoGil(), "chain"_a, "input"_a)
+        .def("combine_recv", &HostRank::combine_recv, NoGil(), "chain"_a, "output"_a)
         .def("set_time_budget", &HostRank::set_time_budget, "nanoseconds"_a)
         .def(
             "read_stats",
@@ -220,6 +195,7 @@ PYBIND11_MODULE(_C, m) {
     ep::bind_faults(m);
     ep::bind_host_rank(m);
     ep::bind_host_memory(m);
+    ep::bind_normal(m);
 #if EP_WITH_CUDA
     ep::bind_cuda(m);
 #endif

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "ep/heap.h"
 
@@ -12,8 +13,15 @@ namespace ep {
 
 namespace py = pybind11;
 
+// SendInput, RecvTarget, CombineInput, CombineOutput: the tensors of operations.
+void bind_tensors(py::module_& module);
 // CudaRank and the memory of devices; defined in bindings_cuda.cpp where CUDA is built in.
 void bind_cuda(py::module_& module);
+
+// Layouts and CPU ranks of the normal operations.
+void bind_normal(py::module_& module);
+// Those of GPU ranks, where CUDA is built in.
+void bind_cuda_normal(py::module_& module);
 
 // Every operation runs without the GIL.
 using NoGil = py::call_guard<py::gil_scoped_release>;
@@ -23,18 +31,6 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-inline SendInput make_send_input(uintptr_t x, int64_t x_stride, uintptr_t topk_idx,
-                                 int32_t idx_bytes, uintptr_t weights, int32_t num_tokens,
-                                 uintptr_t num_tokens_address) {
-    return SendInput{pointer<const uint16_t>(x),
-                     x_stride,
-                     pointer<const void>(topk_idx),
-                     idx_bytes,
-                     pointer<const float>(weights),
-                     num_tokens,
-                     pointer<const int32_t>(num_tokens_address)};
-}
-
 inline py::dict stats_dict(const StepStats& stats) {
     py::dict d;
     d["messages_sent"] = stats.messages_sent;
@@ -42,6 +38,7 @@ inline py::dict stats_dict(const StepStats& stats) {
     d["rows_received"] = stats.rows_received;
     d["bytes_dispatched"] = stats.bytes_dispatched;
     d["bytes_combined"] = stats.bytes_combined;
+    d["wait_ns"] = std::vector<uint64_t>(stats.wait_ns, stats.wait_ns + kMaxRanks);
     return d;
 }
 

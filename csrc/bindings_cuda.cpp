@@ -10,39 +10,6 @@ namespace {
 
 using Address = std::uintptr_t;
 
-void dispatch_send(const CudaRank& rank, int chain, Address x, int64_t x_stride, Address topk_idx,
-                   int idx_bytes, Address weights, int num_tokens, Address num_valid,
-                   StreamHandle stream) {
-    rank.dispatch_send(
-        chain, make_send_input(x, x_stride, topk_idx, idx_bytes, weights, num_tokens, num_valid),
-        stream);
-}
-
-void dispatch_fused(const CudaRank& rank, int chain, Address x, int64_t x_stride, Address topk_idx,
-                    int idx_bytes, Address weights, int num_tokens, Address num_valid,
-                    const RecvTarget& target, int expected, StreamHandle stream) {
-    rank.dispatch_fused(
-        chain, make_send_input(x, x_stride, topk_idx, idx_bytes, weights, num_tokens, num_valid),
-        target, expected, stream);
-}
-
-void combine_send(const CudaRank& rank, int chain, Address y, int64_t stride, int expected,
-                  StreamHandle stream) {
-    rank.combine_send(chain, pointer<const uint16_t>(y), stride, expected, stream);
-}
-
-void combine_recv(const CudaRank& rank, int chain, Address out, int num_tokens, Address num_valid,
-                  StreamHandle stream) {
-    rank.combine_recv(chain, pointer<uint16_t>(out), num_tokens, pointer<const int32_t>(num_valid),
-                      stream);
-}
-
-void combine_fused(const CudaRank& rank, int chain, Address y, int64_t stride, Address out,
-                   int num_tokens, Address num_valid, int expected, StreamHandle stream) {
-    rank.combine_fused(chain, pointer<const uint16_t>(y), stride, pointer<uint16_t>(out),
-                       num_tokens, pointer<const int32_t>(num_valid), expected, stream);
-}
-
 void bind_rank(py::module_& m) {
     py::class_<CudaRank>(m, "CudaRank")
         .def(py::init([](const Shape& shape, int rank, const std::vector<Address>& heaps,
@@ -52,22 +19,18 @@ void bind_rank(py::module_& m) {
              }),
              py::arg("shape"), py::arg("rank"), py::arg("heaps"), py::arg("local"),
              py::arg("fault"), py::arg("device"), py::arg("num_sms"), py::arg("pdl"))
-        .def("dispatch_send", &dispatch_send, py::arg("chain"), py::arg("x"), py::arg("x_stride"),
-             py::arg("topk_idx"), py::arg("idx_bytes"), py::arg("weights"), py::arg("num_tokens"),
-             py::arg("num_tokens_address"), py::arg("stream"), NoGil())
+        .def("dispatch_send", &CudaRank::dispatch_send, py::arg("chain"), py::arg("input"),
+             py::arg("stream"), NoGil())
         .def("dispatch_recv", &CudaRank::dispatch_recv, py::arg("chain"), py::arg("target"),
              py::arg("expected_tokens"), py::arg("stream"), NoGil())
-        .def("dispatch_fused", &dispatch_fused, py::arg("chain"), py::arg("x"), py::arg("x_stride"),
-             py::arg("topk_idx"), py::arg("idx_bytes"), py::arg("weights"), py::arg("num_tokens"),
-             py::arg("num_tokens_address"), py::arg("target"), py::arg("expected_tokens"),
+        .def("dispatch_fused", &CudaRank::dispatch_fused, py::arg("chain"), py::arg("input"),
+             py::arg("target"), py::arg("expected_tokens"), py::arg("stream"), NoGil())
+        .def("combine_send", &CudaRank::combine_send, py::arg("chain"), py::arg("input"),
+             py::arg("expected_tokens"), py::arg("stream"), NoGil())
+        .def("combine_recv", &CudaRank::combine_recv, py::arg("chain"), py::arg("output"),
              py::arg("stream"), NoGil())
-        .def("combine_send", &combine_send, py::arg("chain"), py::arg("y"), py::arg("y_stride"),
-             py::arg("expected_tokens"), py::arg("stream"), NoGil())
-        .def("combine_recv", &combine_recv, py::arg("chain"), py::arg("out"), py::arg("num_tokens"),
-             py::arg("num_tokens_address"), py::arg("stream"), NoGil())
-        .def("combine_fused", &combine_fused, py::arg("chain"), py::arg("y"), py::arg("y_stride"),
-             py::arg("out"), py::arg("num_tokens"), py::arg("num_tokens_address"),
-             py::arg("expected_tokens"), py::arg("stream"), NoGil())
+        .def("combine_fused", &CudaRank::combine_fused, py::arg("chain"), py::arg("input"),
+             py::arg("output"), py::arg("expected_tokens"), py::arg("stream"), NoGil())
         .def("set_time_budget", &CudaRank::set_time_budget, py::arg("nanoseconds"), NoGil())
         .def("read_stats",
              [](const CudaRank& rank, int chain) { return stats_dict(rank.read_stats(chain)); })
@@ -98,6 +61,7 @@ void bind_cuda(py::module_& m) {
         }
     });
     bind_rank(m);
+    bind_cuda_normal(m);
     bind_memory<DeviceMemory>(m, "DeviceMemory")
         .def(py::init<int64_t, int>(), py::arg("num_bytes"), py::arg("device"))
         .def("ipc_handle",

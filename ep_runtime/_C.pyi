@@ -1,6 +1,6 @@
 """Native module: addresses and stream handles are plain integers; nothing of torch crosses."""
 
-from typing import Final
+from typing import Any, Final
 
 has_cuda: Final[bool]
 cuda_archs: Final[str]  # comma-separated, such as "90,100"; empty without CUDA
@@ -30,14 +30,17 @@ FAULT_NONE: Final[int]
 FAULT_TIMEOUT: Final[int]  # peer did not arrive
 FAULT_ABORTED: Final[int]  # another rank (field rank) gave up waiting for `peer`
 FAULT_DESYNC: Final[int]  # a tag from the future
-FAULT_SEQUENCE: Final[int]  # dispatch twice, or combine without dispatch, on one chain
 FAULT_COUNT: Final[int]  # a peer announced more messages than the inbox holds
 FAULT_ROUTING: Final[int]  # expert out of range or twice in a token (not fatal)
 OP_DISPATCH: Final[int]
 OP_COMBINE: Final[int]
+OP_NORMAL_NOTIFY: Final[int]
+OP_NORMAL_DISPATCH: Final[int]
+OP_NORMAL_COMBINE: Final[int]
 
 WIRE_BF16: Final[int]
 WIRE_FP8: Final[int]
+WIRE_OPAQUE: Final[int]
 RECV_BATCHED: Final[int]
 RECV_CONTIGUOUS: Final[int]
 RECV_COMPACT: Final[int]
@@ -56,10 +59,13 @@ class Shape:
         max_tokens: int,
         num_chains: int,
         wire: int,
+        opaque_row_bytes: int = 0,
+        opaque_scales: int = 0,
     ) -> None: ...
 
 def layout(shape: Shape) -> dict[str, int]:
-    """Bytes and offsets: heap_bytes, local_bytes, message_bytes, message_lines, message_stride,
+    """Bytes and offsets: heap_bytes, local_bytes, routing_bytes, message_bytes, message_lines,
+    message_stride, dispatch_offset (of chain 0, even epochs), dispatch_half (to odd ones),
     combine_stride, counts_stride, stats_offset, stats_stride, stats_bytes (per chain, local
     memory)."""
 
@@ -70,21 +76,87 @@ def read_fault(address: int) -> Fault | None:
 def read_routing_fault(address: int) -> Fault | None: ...
 def clear_faults(address: int) -> None: ...
 
+class SendInput:
+    """What dispatch_send sends. Addresses; 0: none. Strides: of x in bytes, of scales in words.
+
+    routing: the handle's memory, layout()["routing_bytes"] bytes, 8-byte aligned. weights 0: they
+    come with the combine.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        routing: int,
+        wire: int,
+        round_scale: bool = False,
+        x: int,
+        x_stride: int,
+        scales: int = 0,
+        scale_row_stride: int = 0,
+        scale_group_stride: int = 0,
+        topk_idx: int,
+        idx_bytes: int,
+        weights: int,
+        num_tokens: int,
+        num_tokens_address: int = 0,
+    ) -> None: ...
+
 class RecvTarget:
     """Where dispatch_recv puts rows. Addresses; 0 where the format has no such array."""
 
     def __init__(
         self,
+        shape: Shape,
         *,
+        routing: int,
         format: int,
-        alignment: int,
+        wire: int,
+        alignment: int = 1,
         x: int,
-        scales: int,
+        scales: int = 0,
+        ue8m0: bool = False,
+        scale_expert_stride: int = 0,
+        scale_row_stride: int = 0,
+        scale_group_stride: int = 0,
         recv_count: int,
-        expert_offset: int,
-        topk_idx: int,
-        topk_weights: int,
+        expert_offset: int = 0,
+        topk_idx: int = 0,
+        topk_weights: int = 0,
         num_messages: int,
+        source_token: int = 0,
+        layout_range: int = 0,
+        cumulative_count: int = 0,
+        wait_ns: int = 0,
+    ) -> None: ...
+
+class CombineInput:
+    """What combine_send sends: y_stride in elements. late_weights: the dispatch had none."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        routing: int,
+        y: int,
+        y_stride: int,
+        late_weights: bool = False,
+        weights: int = 0,
+        num_tokens: int = 0,
+    ) -> None: ...
+
+class CombineOutput:
+    """Where combine_recv adds up."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        routing: int,
+        out: int,
+        num_tokens: int,
+        num_tokens_address: int = 0,
+        wait_ns: int = 0,
     ) -> None: ...
 
 class HostRank:
@@ -93,24 +165,12 @@ class HostRank:
     def __init__(
         self, shape: Shape, rank: int, heaps: list[int], local: int, fault: int
     ) -> None: ...
-    def dispatch_send(
-        self,
-        chain: int,
-        x: int,
-        x_stride: int,
-        topk_idx: int,
-        idx_bytes: int,
-        weights: int,
-        num_tokens: int,
-        num_tokens_address: int,
-    ) -> None: ...
+    def dispatch_send(self, chain: int, input: SendInput) -> None: ...
     def dispatch_recv(self, chain: int, target: RecvTarget) -> None: ...
-    def combine_send(self, chain: int, y: int, y_stride: int) -> None: ...
-    def combine_recv(
-        self, chain: int, out: int, num_tokens: int, num_tokens_address: int
-    ) -> None: ...
+    def combine_send(self, chain: int, input: CombineInput) -> None: ...
+    def combine_recv(self, chain: int, output: CombineOutput) -> None: ...
     def set_time_budget(self, nanoseconds: int) -> None: ...
-    def read_stats(self, chain: int) -> dict[str, int]: ...
+    def read_stats(self, chain: int) -> dict[str, Any]: ...
     def read_state(self, chain: int) -> tuple[int, int]:
         """(dispatched, combined) epochs."""
 
@@ -135,61 +195,144 @@ class CudaRank:
         num_sms: int,
         pdl: bool,
     ) -> None: ...
-    def dispatch_send(
-        self,
-        chain: int,
-        x: int,
-        x_stride: int,
-        topk_idx: int,
-        idx_bytes: int,
-        weights: int,
-        num_tokens: int,
-        num_tokens_address: int,
-        stream: int,
-    ) -> None: ...
+    def dispatch_send(self, chain: int, input: SendInput, stream: int) -> None: ...
     def dispatch_recv(
         self, chain: int, target: RecvTarget, expected_tokens: int, stream: int
     ) -> None: ...
     def dispatch_fused(
         self,
         chain: int,
-        x: int,
-        x_stride: int,
-        topk_idx: int,
-        idx_bytes: int,
-        weights: int,
-        num_tokens: int,
-        num_tokens_address: int,
+        input: SendInput,
         target: RecvTarget,
         expected_tokens: int,
         stream: int,
     ) -> None: ...
     def combine_send(
-        self, chain: int, y: int, y_stride: int, expected_tokens: int, stream: int
+        self, chain: int, input: CombineInput, expected_tokens: int, stream: int
     ) -> None: ...
-    def combine_recv(
-        self, chain: int, out: int, num_tokens: int, num_tokens_address: int, stream: int
-    ) -> None: ...
+    def combine_recv(self, chain: int, output: CombineOutput, stream: int) -> None: ...
     def combine_fused(
         self,
         chain: int,
-        y: int,
-        y_stride: int,
-        out: int,
-        num_tokens: int,
-        num_tokens_address: int,
+        input: CombineInput,
+        output: CombineOutput,
         expected_tokens: int,
         stream: int,
     ) -> None: ...
     def set_time_budget(self, nanoseconds: int) -> None:
         """Synchronises the device copy; not for captured code."""
 
-    def read_stats(self, chain: int) -> dict[str, int]:
+    def read_stats(self, chain: int) -> dict[str, Any]:
         """Synchronises. messages_sent, messages_received, rows_received, bytes_dispatched,
-        bytes_combined."""
+        bytes_combined, and wait_ns: a list by source."""
 
     def read_state(self, chain: int) -> tuple[int, int]: ...
     def reset(self) -> None: ...
+
+def normal_layout(num_ranks: int, max_experts: int) -> dict[str, int]:
+    """Of the normal operations: control_bytes (heap of words), local_bytes."""
+
+def normal_block(rows: int, row_bytes: int, num_scales: int, topk: int) -> dict[str, int]:
+    """A dispatch's receive memory. Rows at 0; offsets scales, topk_idx, topk_weights,
+    source_token; bytes."""
+
+def normal_inbox(rows: int, hidden: int, topk: int) -> dict[str, int]:
+    """Where a combine's BF16 rows come home. Rows at 0; offset topk_weights; bytes."""
+
+class HostNormal:
+    """A CPU rank's normal operations. Addresses of tensors; 0 where there is none (a tensor without
+    elements has none either: topk, num_scales and out_weights say what is in use).
+
+    control, data: every rank's heaps as this process sees them; control heaps and local are zeroed
+    when they are new. An operation returns when it is done, or has recorded why not.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        rank: int,
+        max_experts: int,
+        control: list[int],
+        data: list[int],
+        data_bytes: int,
+        local: int,
+        fault: int,
+    ) -> None: ...
+    def layout(
+        self,
+        topk_idx: int,
+        idx_bytes: int,
+        num_tokens: int,
+        topk: int,
+        num_experts: int,
+        tokens_per_rank: int,
+        tokens_per_expert: int,
+        is_token_in_rank: int,
+    ) -> None: ...
+    def notify(
+        self,
+        tokens_per_rank: int,
+        tokens_per_expert: int,
+        is_token_in_rank: int,
+        num_tokens: int,
+        num_experts: int,
+        alignment: int,
+        rank_prefix: int,
+        send_position: int,
+        recv_counts: int,
+        host_counts: int,
+    ) -> None:
+        """host_counts int32: rows, rows per local expert [L], the epoch (written last), the most
+        rows of any rank, the most tokens that one rank sends to others."""
+
+    def dispatch(
+        self,
+        x: int,
+        x_stride_bytes: int,
+        row_bytes: int,
+        scales: int,
+        scale_stride_token: int,
+        scale_stride_group: int,
+        num_scales: int,
+        topk_idx: int,
+        idx_bytes: int,
+        topk_weights: int,
+        topk: int,
+        num_experts: int,
+        send_position: int,
+        rank_prefix: int,
+        num_tokens: int,
+        block_offset: int,
+        block_rows: int,
+        exact: bool,
+        num_sms: int,
+    ) -> None:
+        """exact False: rows that nobody sent get topk_idx -1 and topk_weights 0. Weights without
+        topk_idx arrive whole, with it 0 where the expert is another rank's."""
+
+    def combine(
+        self,
+        x: int,
+        x_stride_bytes: int,
+        hidden: int,
+        topk_weights: int,
+        topk: int,
+        bias0: int,
+        bias1: int,
+        send_position: int,
+        rank_prefix: int,
+        num_tokens: int,
+        inbox_offset: int,
+        out: int,
+        out_weights: int,
+        num_sms: int,
+    ) -> None: ...
+    def set_time_budget(self, nanoseconds: int) -> None: ...
+    def read_state(self) -> tuple[int, int, int]:
+        """(notified, dispatched, combined) epochs."""
+
+    def reset(self) -> None:
+        """Zero this rank's control heap and epochs, not the faults. Ranks meet before and after."""
 
 class HostMemory:
     """Zeroed, page-aligned memory of this process."""
@@ -207,6 +350,97 @@ class ShmSegment:
     def address(self) -> int: ...
     def unlink(self) -> None: ...
     def close(self) -> None: ...
+
+class CudaNormal:
+    """A GPU rank's normal operations: as HostNormal, launched on `stream`. At most num_sms CTAs."""
+
+    def __init__(
+        self,
+        num_ranks: int,
+        rank: int,
+        max_experts: int,
+        control: list[int],
+        data: list[int],
+        data_bytes: int,
+        local: int,
+        fault: int,
+        device: int,
+    ) -> None: ...
+    def layout(
+        self,
+        topk_idx: int,
+        idx_bytes: int,
+        num_tokens: int,
+        topk: int,
+        num_experts: int,
+        tokens_per_rank: int,
+        tokens_per_expert: int,
+        is_token_in_rank: int,
+        stream: int,
+    ) -> None: ...
+    def notify(
+        self,
+        tokens_per_rank: int,
+        tokens_per_expert: int,
+        is_token_in_rank: int,
+        num_tokens: int,
+        num_experts: int,
+        alignment: int,
+        rank_prefix: int,
+        send_position: int,
+        recv_counts: int,
+        host_counts: int,
+        stream: int,
+    ) -> None: ...
+    def dispatch(
+        self,
+        x: int,
+        x_stride_bytes: int,
+        row_bytes: int,
+        scales: int,
+        scale_stride_token: int,
+        scale_stride_group: int,
+        num_scales: int,
+        topk_idx: int,
+        idx_bytes: int,
+        topk_weights: int,
+        topk: int,
+        num_experts: int,
+        send_position: int,
+        rank_prefix: int,
+        num_tokens: int,
+        block_offset: int,
+        block_rows: int,
+        exact: bool,
+        num_sms: int,
+        stream: int,
+    ) -> None: ...
+    def combine(
+        self,
+        x: int,
+        x_stride_bytes: int,
+        hidden: int,
+        topk_weights: int,
+        topk: int,
+        bias0: int,
+        bias1: int,
+        send_position: int,
+        rank_prefix: int,
+        num_tokens: int,
+        inbox_offset: int,
+        out: int,
+        out_weights: int,
+        num_sms: int,
+        stream: int,
+    ) -> None: ...
+    def set_time_budget(self, nanoseconds: int) -> None:
+        """Synchronises; not for captured code."""
+
+    def read_state(self) -> tuple[int, int, int]:
+        """Synchronises."""
+
+    def reset(self) -> None:
+        """As of HostNormal. Synchronises."""
 
 class DeviceMemory:
     """cudaMalloc on one device, zeroed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -10,18 +11,44 @@ from ep_runtime.config import EpConfig
 from ep_runtime.connect import Backend, choose_device, connect
 from ep_runtime.errors import SequenceError
 from ep_runtime.handles import Handle, Received
+from ep_runtime.layout import WIRE
 from ep_runtime.memory import RankMemory
-from ep_runtime.order import SendOrder
+from ep_runtime.native import _C
+from ep_runtime.order import OpName, SendOrder
 from ep_runtime.pending import Pending
 from ep_runtime.rank import OpKind, OpRecord, Rank
+from ep_runtime.receive import ReceiveBuffer
 from ep_runtime.world import World
+
+
+@dataclass(slots=True)
+class _Dispatch:
+    """A dispatch that was checked and not launched yet."""
+
+    chain: int
+    inputs: _C.SendInput
+    target: _C.RecvTarget
+    handle: Handle
+    into: ReceiveBuffer
+
+
+@dataclass(slots=True)
+class _Combine:
+    """A combine that was checked and not launched yet."""
+
+    handle: Handle
+    inputs: _C.CombineInput
+    output: _C.CombineOutput
+    result: torch.Tensor
 
 
 class Buffer(Rank):
     """One rank's end of the group: its heap, its chains, and the operations on them.
 
     Building one is collective. All state of a step lives on the device, so captured operations
-    may be replayed in any order, as long as every rank runs the same sequence on a chain.
+    may be replayed in any order, as long as every rank runs the same sequence on a chain. On a
+    chain any order of dispatches and combines is legal; of each kind one send may wait for its
+    receive.
     """
 
     def __init__(
@@ -63,85 +90,113 @@ class Buffer(Rank):
         self,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
         *,
+        scales: torch.Tensor | None = None,
         chain: int = 0,
         num_tokens: torch.Tensor | None = None,
         expected_tokens: int | None = None,
+        out: ReceiveBuffer | None = None,
+        round_scale: bool | None = None,
+        cumulative_recv_count: torch.Tensor | None = None,
+        wait_ns: torch.Tensor | None = None,
     ) -> Pending[Received]:
         """Send each token's row to the ranks that own its experts.
 
-        x                [T, H] bf16, T <= max_tokens, unit stride in H, rows 16-byte aligned
+        x                [T, H] bf16, T <= max_tokens, unit stride in H, rows 16-byte aligned;
+                         "opaque": [T, n] of any dtype whose n elements are opaque_row_bytes
         topk_idx         [T, K] int64 or int32; -1 is no expert, each expert once per token
-        topk_weights     [T, K] float32
+        topk_weights     [T, K] float32. None, on every rank: each combine brings them (not with
+                         "compact", nor on virtual ranks that share a device)
+        scales           "opaque" with scale words: [T, words] of a 4-byte dtype, any strides
         num_tokens       int32 scalar on the device: rows from it on are never sent; None: T
         expected_tokens  most tokens any rank sends now: sizes the launch, any value is correct
+        out              receive tensors of `new_receive`, which decide the format of the rows, the
+                         same on every rank; None: the chain's own, in the configuration's format.
+                         What is in flight must not need them
+        round_scale      FP8: scales are powers of two; None: the configuration's choice
+        cumulative_recv_count  int32 [L], contiguous: += the rows of each local expert
+        wait_ns          int64 [R], contiguous: += nanoseconds that each source kept this rank
+                         waiting
         Capturable. T may differ between ranks and be 0. Raises ShapeError or SequenceError before
         anything is launched, and whatever check() raises.
         """
         self.check()
-        stride = self._check_dispatch(x, topk_idx, topk_weights, chain, num_tokens, expected_tokens)
-        self._claim("dispatch", chain)
+        call = self._prepare_dispatch(
+            "dispatch", x, topk_idx, topk_weights, scales, chain, num_tokens, expected_tokens, out,
+            round_scale, cumulative_recv_count, wait_ns,
+        )  # fmt: skip
         self._tell("dispatch_send", chain)
-        self._ops.dispatch_send(chain, x, stride, topk_idx, topk_weights, num_tokens)
+        self._ops.dispatch_send(chain, call.inputs)
         if self._order is not None:
-            self._order.sent(self.rank, chain)
-        handle = Handle(self._identity, chain, x.shape[0], num_tokens, expected_tokens or 0)
+            self._order.sent(self.rank, "dispatch", chain)
 
         def finish(pending: Pending[Received]) -> Received:
             self._tell("dispatch_recv", chain)
             self._before_wait(pending)
-            inbox = self._inboxes[chain]
-            self._ops.dispatch_recv(chain, inbox.target, handle.expected_tokens)
+            self._ops.dispatch_recv(chain, call.target, call.handle.expected_tokens)
             self._after_host_wait()
-            return inbox.hand_out(handle)
+            return call.into.hand_out(call.handle)
 
-        pending = Pending("dispatch", chain, finish)
-        self._open[chain] = pending
+        pending = Pending("dispatch", chain, call.handle.uses, finish)
+        self._open["dispatch", chain] = pending
         return pending
 
     def combine(
-        self, y: torch.Tensor, handle: Handle, *, out: torch.Tensor | None = None
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        wait_ns: torch.Tensor | None = None,
     ) -> Pending[torch.Tensor]:
         """Bring expert results home: out[t] = sum over k of weight[t, k] * y(expert of k, t).
 
-        y       bf16 in the shape of Received.x, unit stride in H. "compact": one row per message,
-                already weighted and summed over this rank's experts
-        handle  of the dispatch
-        out     [T, H] bf16, contiguous; allocated if None. A token without experts gets zeros
+        y             bf16 [..., H] with a row for each row of Received.x, unit stride in H.
+                      "compact": one row per message, already weighted and summed over this rank's
+                      experts
+        handle        of the dispatch; any number of combines may use it
+        topk_weights  [T, K] float32, if and only if the dispatch had none: they travel ahead of
+                      the rows, which wait for them
+        out           [T, H] bf16, contiguous; allocated if None. A token without experts gets zeros
+        wait_ns       int64 [R], contiguous: += nanoseconds that each rank kept this one waiting
         The order of additions is fixed: equal inputs give equal bits. FP32 inside, rounded to
         BF16 once per rank and once at the end. Capturable. Raises as dispatch() does.
         """
         self.check()
-        stride = self._check_combine(y, handle, out)
+        call = self._prepare_combine("combine", y, handle, topk_weights, out, wait_ns)
         chain = handle.chain
-        self._claim("combine", chain)
-        result = self._out(handle) if out is None else out
         self._tell("combine_send", chain)
-        self._ops.combine_send(chain, y, stride, handle.expected_tokens)
+        self._ops.combine_send(chain, call.inputs, handle.expected_tokens)
         if self._order is not None:
-            self._order.sent(self.rank, chain)
+            self._order.sent(self.rank, "combine", chain)
 
         def finish(pending: Pending[torch.Tensor]) -> torch.Tensor:
             self._tell("combine_recv", chain)
             self._before_wait(pending)
-            self._ops.combine_recv(chain, result, handle.num_tokens)
+            self._ops.combine_recv(chain, call.output)
             self._after_host_wait()
-            return result
+            return call.result
 
-        pending = Pending("combine", chain, finish)
-        self._open[chain] = pending
+        pending = Pending("combine", chain, handle.uses, finish)
+        self._open["combine", chain] = pending
         return pending
 
     def dispatch_fused(
         self,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
         *,
+        scales: torch.Tensor | None = None,
         chain: int = 0,
         num_tokens: torch.Tensor | None = None,
         expected_tokens: int | None = None,
+        out: ReceiveBuffer | None = None,
+        round_scale: bool | None = None,
+        cumulative_recv_count: torch.Tensor | None = None,
+        wait_ns: torch.Tensor | None = None,
     ) -> Received:
         """dispatch() and wait() in one kernel. Capturable.
 
@@ -150,39 +205,115 @@ class Buffer(Rank):
         """
         self.check()
         self._only_alone("dispatch_fused", "dispatch")
-        stride = self._check_dispatch(x, topk_idx, topk_weights, chain, num_tokens, expected_tokens)
-        self._claim("dispatch_fused", chain)
-        inbox = self._inboxes[chain]
-        handle = Handle(self._identity, chain, x.shape[0], num_tokens, expected_tokens or 0)
+        call = self._prepare_dispatch(
+            "dispatch_fused", x, topk_idx, topk_weights, scales, chain, num_tokens,
+            expected_tokens, out, round_scale, cumulative_recv_count, wait_ns,
+        )  # fmt: skip
         self._tell("dispatch_fused", chain)
-        self._ops.dispatch_fused(
-            chain,
-            x,
-            stride,
-            topk_idx,
-            topk_weights,
-            num_tokens,
-            inbox.target,
-            handle.expected_tokens,
-        )
+        self._ops.dispatch_fused(chain, call.inputs, call.target, call.handle.expected_tokens)
         self._after_host_wait()
-        return inbox.hand_out(handle)
+        return call.into.hand_out(call.handle)
 
     def combine_fused(
-        self, y: torch.Tensor, handle: Handle, *, out: torch.Tensor | None = None
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        wait_ns: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """combine() and wait() in one kernel. Capturable. Raises as dispatch_fused() does."""
         self.check()
         self._only_alone("combine_fused", "combine")
-        stride = self._check_combine(y, handle, out)
-        self._claim("combine_fused", handle.chain)
-        result = self._out(handle) if out is None else out
+        call = self._prepare_combine("combine_fused", y, handle, topk_weights, out, wait_ns)
         self._tell("combine_fused", handle.chain)
-        self._ops.combine_fused(
-            handle.chain, y, stride, result, handle.num_tokens, handle.expected_tokens
-        )
+        self._ops.combine_fused(handle.chain, call.inputs, call.output, handle.expected_tokens)
         self._after_host_wait()
-        return result
+        return call.result
+
+    # ---- checked arguments ----------------------------------------------------------------------
+
+    def _prepare_dispatch(
+        self,
+        op: str,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        chain: int,
+        num_tokens: torch.Tensor | None,
+        expected_tokens: int | None,
+        out: ReceiveBuffer | None,
+        round_scale: bool | None,
+        cumulative_recv_count: torch.Tensor | None,
+        wait_ns: torch.Tensor | None,
+    ) -> _Dispatch:
+        stride = self._checker.dispatch(
+            x, topk_idx, topk_weights, scales, chain, num_tokens, expected_tokens, out
+        )
+        self._checker.statistics(cumulative_recv_count, wait_ns)
+        if topk_weights is None:
+            self._refuse_late_weights(op)
+        self._claim(op, "dispatch", chain)
+        into = self._inboxes[chain] if out is None else out
+        self._require_free(op, chain, into)
+        if round_scale is None:
+            round_scale = self.config.round_scale
+        handle = into.new_handle(
+            chain, x.shape[0], num_tokens, expected_tokens or 0, topk_weights is None
+        )
+        inputs = _C.SendInput(
+            self._shape,
+            routing=handle.routing.data_ptr(),
+            wire=WIRE[into.dispatch_format],
+            round_scale=round_scale or into.scale_format == "ue8m0",
+            x=x.data_ptr(),
+            x_stride=stride,
+            scales=0 if scales is None else scales.data_ptr(),
+            scale_row_stride=0 if scales is None else scales.stride(0),
+            scale_group_stride=0 if scales is None else scales.stride(1),
+            topk_idx=topk_idx.data_ptr(),
+            idx_bytes=topk_idx.element_size(),
+            weights=0 if topk_weights is None else topk_weights.data_ptr(),
+            num_tokens=x.shape[0],
+            num_tokens_address=0 if num_tokens is None else num_tokens.data_ptr(),
+        )
+        target = into.target(cumulative_recv_count, wait_ns)
+        return _Dispatch(chain, inputs, target, handle, into)
+
+    def _prepare_combine(
+        self,
+        op: str,
+        y: torch.Tensor,
+        handle: Handle,
+        topk_weights: torch.Tensor | None,
+        out: torch.Tensor | None,
+        wait_ns: torch.Tensor | None,
+    ) -> _Combine:
+        stride = self._checker.combine(y, handle, topk_weights, out)
+        self._checker.statistics(None, wait_ns)
+        self._claim(op, "combine", handle.chain)
+        result = self._out(handle) if out is None else out
+        routing = handle.routing.data_ptr()
+        inputs = _C.CombineInput(
+            self._shape,
+            routing=routing,
+            y=y.data_ptr(),
+            y_stride=stride,
+            late_weights=handle.late_weights,
+            weights=0 if topk_weights is None else topk_weights.data_ptr(),
+            num_tokens=handle.num_rows,
+        )
+        output = _C.CombineOutput(
+            self._shape,
+            routing=routing,
+            out=result.data_ptr(),
+            num_tokens=handle.num_rows,
+            num_tokens_address=0 if handle.num_tokens is None else handle.num_tokens.data_ptr(),
+            wait_ns=0 if wait_ns is None else wait_ns.data_ptr(),
+        )
+        return _Combine(handle, inputs, output, result)
 
     def _out(self, handle: Handle) -> torch.Tensor:
         return torch.empty(
@@ -191,14 +322,24 @@ class Buffer(Rank):
 
     # ---- order of calls -------------------------------------------------------------------------
 
-    def _claim(self, op: str, chain: int) -> None:
-        """Raise unless every receive of the chain was waited for (in this process's calls)."""
-        unfinished = self._open[chain]
-        if unfinished is not None:
+    def _claim(self, op: str, kind: OpName, chain: int) -> None:
+        """Raise unless the chain's last receive of this kind was waited for."""
+        if (kind, chain) in self._open:
             raise SequenceError(
-                f"{op} on chain {chain}: its last {unfinished.op} was not waited for; call wait()"
-                " on what it returned, use another chain, or reset() on every rank to drop it"
+                f"{op} on chain {chain}: its last {kind} was not waited for; call wait() on what"
+                " it returned, use another chain, or reset() on every rank to drop it"
             )
+
+    def _require_free(self, op: str, chain: int, into: ReceiveBuffer) -> None:
+        """Raise if a receive that is still to come needs what `into` holds."""
+        uses = into.received.handle.uses
+        for pending in self._open.values():
+            if pending.uses is uses:
+                raise SequenceError(
+                    f"{op} on chain {chain}: a {pending.op} on chain {pending.chain} that was not"
+                    " waited for still needs these receive tensors; call its wait() first, or give"
+                    " this dispatch others with out=buffer.new_receive()"
+                )
 
     def _tell(self, kind: OpKind, chain: int) -> None:
         """Let the recorder of a capture know what is launched next."""
@@ -207,9 +348,9 @@ class Buffer(Rank):
 
     def _before_wait(self, pending: Pending[Received] | Pending[torch.Tensor]) -> None:
         if self._order is not None:
-            self._order.before_wait(self.rank, pending.chain)
+            self._order.before_wait(self.rank, pending.op, pending.chain)
         pending.close()
-        self._open[pending.chain] = None
+        self._open.pop((pending.op, pending.chain), None)
 
     def _after_host_wait(self) -> None:
         """A host receive has already failed or not when it returns: say so now."""
@@ -218,8 +359,18 @@ class Buffer(Rank):
 
     def _only_alone(self, op: str, split: str) -> None:
         order = self._order
-        if order is not None and (self._on_host or not order.alone(self.rank)):
+        if order is not None and not order.alone(self.rank):
             self._refuse_fused(op, split)
+
+    def _refuse_late_weights(self, op: str) -> None:
+        """A combine that brings weights waits for them before it sends."""
+        order = self._order
+        if order is not None and not order.alone(self.rank):
+            raise SequenceError(
+                f"{op} without topk_weights on virtual rank {self.rank}, which shares"
+                f" {self.device} with other ranks: its combine would wait for weights that keep"
+                " others from sending; give topk_weights to the dispatch, or use processes"
+            )
 
     def _refuse_fused(self, op: str, split: str) -> NoReturn:
         raise SequenceError(

@@ -11,10 +11,12 @@ from ep_runtime import __version__
 from ep_runtime.errors import ConfigError
 from ep_runtime.native import _C
 
-DispatchFormat = Literal["bf16", "fp8"]
+DispatchFormat = Literal["bf16", "fp8", "opaque"]
+ScaleFormat = Literal["float32", "ue8m0"]
 RecvFormat = Literal["batched", "contiguous", "compact"]
 
 MAX_ALIGNMENT = 1024
+ROW_BYTES_MULTIPLE = 16  # rows move as 16-byte vectors
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
@@ -34,14 +36,21 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 class EpConfig:
     """Sizes and formats of an expert-parallel group. Checked when built; raises ConfigError.
 
-    num_experts      routed experts over all ranks; a multiple of the number of ranks
-    topk             entries per token in topk_idx
-    hidden           channels of a row, a multiple of 128
-    max_tokens       most tokens that one rank dispatches at once
-    num_chains       independent micro-batches in flight
-    dispatch_format  rows on the wire: "bf16", or "fp8" (e4m3, a float32 scale per 128 channels)
-    recv_format      how received rows lie: see `Received`
-    alignment        "contiguous" only: the first row of each expert is a multiple of it
+    num_experts         routed experts over all ranks; a multiple of the number of ranks
+    topk                entries per token in topk_idx
+    hidden              channels of a row, a multiple of 128
+    max_tokens          most tokens that one rank dispatches at once
+    num_chains          independent micro-batches in flight
+    dispatch_format     rows on the wire: "bf16" (single operations may then choose "fp8"), "fp8"
+                        (e4m3, a scale per 128 channels), or "opaque": rows that the caller has
+                        quantised, moved as they are with their scales (MXFP8, NVFP4, ...)
+    scale_format        how FP8 scales are received: "float32", or "ue8m0" (exponent bytes, four to
+                        an int32; implies round_scale)
+    round_scale         FP8 scales are powers of two
+    opaque_row_bytes    bytes of an opaque row, a multiple of 16
+    opaque_scale_words  4-byte words of scales that come with an opaque row
+    recv_format         how received rows lie: see `Received`
+    alignment           "contiguous" only: the first row of each expert is a multiple of it
     """
 
     num_experts: int
@@ -50,6 +59,10 @@ class EpConfig:
     max_tokens: int
     num_chains: int = 2
     dispatch_format: DispatchFormat = "fp8"
+    scale_format: ScaleFormat = "float32"
+    round_scale: bool = False
+    opaque_row_bytes: int = 0
+    opaque_scale_words: int = 0
     recv_format: RecvFormat = "batched"
     alignment: int = 1
 
@@ -68,11 +81,37 @@ class EpConfig:
                 f" {-(-self.hidden // multiple) * multiple} channels"
             )
         _check_choice("dispatch_format", self.dispatch_format, get_args(DispatchFormat))
+        _check_choice("scale_format", self.scale_format, get_args(ScaleFormat))
         _check_choice("recv_format", self.recv_format, get_args(RecvFormat))
+        self._check_opaque()
         if self.alignment != 1 and self.recv_format != "contiguous":
             raise ConfigError(
                 f"alignment={self.alignment} with recv_format={self.recv_format!r}: only"
                 " 'contiguous' aligns experts; leave alignment at 1 or choose 'contiguous'"
+            )
+
+    def _check_opaque(self) -> None:
+        """Sizes of opaque rows: there, or absent."""
+        if self.dispatch_format != "opaque":
+            for name in ("opaque_row_bytes", "opaque_scale_words"):
+                if getattr(self, name) != 0:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} with dispatch_format="
+                        f"{self.dispatch_format!r}: only 'opaque' has it; leave it at 0"
+                    )
+            return
+        most = 2 * _C.limits()["max_hidden"]
+        _check_int("opaque_row_bytes", self.opaque_row_bytes, ROW_BYTES_MULTIPLE, most)
+        _check_int("opaque_scale_words", self.opaque_scale_words, 0, most // 8)
+        if self.opaque_row_bytes % ROW_BYTES_MULTIPLE:
+            raise ConfigError(
+                f"opaque_row_bytes={self.opaque_row_bytes}: it must be a multiple of"
+                f" {ROW_BYTES_MULTIPLE}; pad the rows"
+            )
+        if self.scale_format != "float32" or self.round_scale:
+            raise ConfigError(
+                "scale_format and round_scale say how ep_runtime quantises; with"
+                " dispatch_format='opaque' the caller does: leave them at their defaults"
             )
 
     def validate_for(self, num_ranks: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from ep_runtime import env
 from ep_runtime.config import EpConfig
 from ep_runtime.errors import BuildError, ConfigError
 from ep_runtime.layout import layout_of
-from ep_runtime.memory import RankMemory
+from ep_runtime.memory import MemorySizes, RankMemory
 from ep_runtime.memory.base import log
 from ep_runtime.memory.host import host_memory
 from ep_runtime.memory.ipc import ipc_memory
@@ -66,8 +67,33 @@ def choose_device(backend: Backend, device: torch.device | int | str | None) -> 
 
 def connect(config: EpConfig, world: World, device: torch.device) -> RankMemory:
     """Compare configurations, then get this rank's memory. Collective; raises on every rank."""
-    kind = _compare(config, world, device)
+    trouble = ""
+    try:
+        config.validate_for(world.num_ranks)
+    except ConfigError as error:
+        trouble = str(error)
+    fields = config.fields(world.num_ranks)
+    fingerprint = config.fingerprint(world.num_ranks).hex()
+    wanted = env.read().memory
+    kind = agree_on(fields, fingerprint, trouble, world, device, wanted).kind
     sizes = layout_of(config, world.num_ranks).sizes
+    return provide(kind, sizes, world, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What the ranks found out together.
+
+    kind        of memory: "shm", "ipc" or "nvshmem"
+    neighbours  ranks on this rank's GPU, itself included (1 on the host)
+    """
+
+    kind: str
+    neighbours: int
+
+
+def provide(kind: str, sizes: MemorySizes, world: World, device: torch.device) -> RankMemory:
+    """This rank's memory, of the kind that all agreed on. Collective; raises on every rank."""
     if kind == "shm":
         memory = host_memory(world, sizes)
     elif kind == "nvshmem":
@@ -78,22 +104,30 @@ def connect(config: EpConfig, world: World, device: torch.device) -> RankMemory:
     return memory
 
 
-def _compare(config: EpConfig, world: World, device: torch.device) -> str:
-    """Raise on every rank unless all ranks bring the same; returns the kind of memory."""
-    trouble = ""
-    try:
-        config.validate_for(world.num_ranks)
-    except ConfigError as error:
-        trouble = str(error)
-    wanted = env.read().memory if device.type == "cuda" else "shm"
+def agree_on(
+    fields: dict[str, object],
+    fingerprint: str,
+    trouble: str,
+    world: World,
+    device: torch.device,
+    memory: str,
+) -> Agreement:
+    """Raise on every rank unless all ranks bring the same. Collective.
+
+    fields       what the ranks must share, by name
+    fingerprint  differs where a package of the same version was built differently
+    trouble      what this rank knows to be wrong: every rank raises it
+    memory       the kind that GPU ranks ask for: "auto", "ipc" or "nvshmem"
+    """
+    wanted = memory if device.type == "cuda" else "shm"
     card = {
         "fields": {
-            **config.fields(world.num_ranks),
+            **fields,
             "backend": device.type,
             "memory": wanted,
             "host": _host_id(),
         },
-        "fingerprint": config.fingerprint(world.num_ranks).hex(),
+        "fingerprint": fingerprint,
         "trouble": trouble,
         "gpu": str(torch.cuda.get_device_properties(device).uuid) if wanted != "shm" else "",
         "nvshmem": wanted == "auto" and nvshmem_available(),
@@ -105,7 +139,8 @@ def _compare(config: EpConfig, world: World, device: torch.device) -> str:
                 other["trouble"] if rank == world.rank else f"rank {rank}: {other['trouble']}"
             )
     _raise_differences([c["fields"] for c in cards], [c["fingerprint"] for c in cards])
-    return _kind(wanted, cards)
+    neighbours = sum(c["gpu"] == card["gpu"] for c in cards) if wanted != "shm" else 1
+    return Agreement(_kind(wanted, cards), neighbours)
 
 
 def _kind(wanted: str, cards: list[dict[str, object]]) -> str:

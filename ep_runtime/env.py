@@ -7,7 +7,8 @@ that a test or a launcher can change a variable between two objects.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -84,6 +85,9 @@ class Env:
     num_sms: int = _var(
         "EP_NUM_SMS", 0, _number(int, 0, 1024), "SMs the kernels may use; 0 means all of them"
     )
+    tuned: str | None = _var(
+        "EP_TUNED", None, _text, "file of `ep-runtime tune` instead of the one in ~/.cache"
+    )
     launch_timeout_s: float = _var(
         "EP_LAUNCH_TIMEOUT_S",
         600.0,
@@ -156,6 +160,26 @@ def read(environ: Mapping[str, str] | None = None) -> Env:
 def set_default(name: str, value: str) -> str:
     """Set a variable that NVSHMEM or NCCL reads, unless the user has; the value now in force."""
     return os.environ.setdefault(name, value)
+
+
+def prepend_path(name: str, directory: str) -> str:
+    """Put `directory` first in a search path variable for processes started from now on."""
+    rest = [entry for entry in os.environ.get(name, "").split(os.pathsep) if entry]
+    if directory not in rest:
+        os.environ[name] = os.pathsep.join([directory, *rest])
+    return os.environ[name]
+
+
+@contextmanager
+def defaults(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables that the user has not, for processes started inside; unset them afterwards."""
+    new = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
 
 
 def documentation() -> list[tuple[str, str, str]]:

@@ -7,11 +7,15 @@ from ep_runtime.errors import (
     EpError,
     PeerTimeout,
     RoutingFault,
-    SequenceError,
 )
 from ep_runtime.native import _C
 
 _OP = {_C.OP_DISPATCH: "dispatch", _C.OP_COMBINE: "combine"}
+_NORMAL_OP = {
+    _C.OP_NORMAL_NOTIFY: "the notify of a normal dispatch",
+    _C.OP_NORMAL_DISPATCH: "a normal dispatch",
+    _C.OP_NORMAL_COMBINE: "a normal combine",
+}
 _AFTER = (
     "results since then are undefined and operations do nothing: call reset() on every rank, or"
     " end the group"
@@ -20,7 +24,7 @@ _AFTER = (
 
 def fatal_error(fault: _C.Fault, budget_s: float) -> EpError:
     """The error of a fatal record. `budget_s`: the time budget that this rank runs under."""
-    where = f"{_OP.get(fault.op, 'operation')} on chain {fault.chain}"
+    where = _where(fault)
     if fault.code == _C.FAULT_TIMEOUT:
         return PeerTimeout(
             f"rank {fault.peer} did not arrive at {where}: rank {fault.rank} waited for epoch"
@@ -42,14 +46,13 @@ def fatal_error(fault: _C.Fault, budget_s: float) -> EpError:
             f"rank {fault.peer} announced {fault.seen} at {where} where at most {fault.expected}"
             f" fit: its heap is damaged or its build differs; {_AFTER}"
         )
-    if fault.code == _C.FAULT_SEQUENCE:
-        missing = "combine" if fault.op == _C.OP_DISPATCH else "dispatch"
-        return SequenceError(
-            f"{where} of rank {fault.rank} came out of order: a {missing} was due (dispatched epoch"
-            f" {fault.seen}, combined {fault.seen - (missing == 'combine')}); a chain goes"
-            f" dispatch, combine, dispatch, combine, in graphs too; {_AFTER}"
-        )
     return DesyncError(f"unknown fault code {fault.code} at {where}; {_AFTER}")
+
+
+def _where(fault: _C.Fault) -> str:
+    if fault.op in _NORMAL_OP:
+        return _NORMAL_OP[fault.op]
+    return f"{_OP.get(fault.op, 'operation')} on chain {fault.chain}"
 
 
 def _told(fault: _C.Fault, where: str) -> EpError:
@@ -63,7 +66,6 @@ def _told(fault: _C.Fault, where: str) -> EpError:
         )
     cause = {
         _C.FAULT_DESYNC: f"found rank {fault.peer} ahead of it",
-        _C.FAULT_SEQUENCE: "issued a chain's operations out of order",
         _C.FAULT_COUNT: f"got impossible counts from rank {fault.peer}",
     }.get(fault.seen, f"failed with code {fault.seen}")
     return DesyncError(
@@ -76,7 +78,7 @@ def routing_error(fault: _C.Fault, dropped: int) -> RoutingFault:
     """The error of a routing record: `dropped` entries were treated as no expert since the last."""
     return RoutingFault(
         f"{dropped} entries of topk_idx were out of range or named an expert twice in one token"
-        f" (chain {fault.chain}, for example {_signed(fault.seen)}); experts are 0 .."
+        f" ({_where(fault)}, for example {_signed(fault.seen)}); experts are 0 .."
         f" {fault.expected - 1}, -1 means none; those entries were treated as no expert and the"
         " group works on: correct the router and call again (this call launched nothing)"
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from ep_runtime.config import EpConfig
 from ep_runtime.memory import MemorySizes
 from ep_runtime.native import _C
 
-WIRE = {"bf16": _C.WIRE_BF16, "fp8": _C.WIRE_FP8}
+WIRE = {"bf16": _C.WIRE_BF16, "fp8": _C.WIRE_FP8, "opaque": _C.WIRE_OPAQUE}
 FORMAT = {
     "batched": _C.RECV_BATCHED,
     "contiguous": _C.RECV_CONTIGUOUS,
@@ -22,6 +23,7 @@ class Layout:
     """Bytes and offsets that the Python side needs. `stats_*` lie in a rank's local memory."""
 
     sizes: MemorySizes
+    routing_bytes: int  # what a handle keeps of its dispatch
     message_bytes: int
     combine_bytes: int
     stats_offset: int
@@ -29,6 +31,7 @@ class Layout:
     stats_bytes: int
 
 
+@functools.lru_cache(maxsize=64)  # asked for by every new_receive
 def shape_of(config: EpConfig, num_ranks: int) -> _C.Shape:
     """The native description of the group."""
     return _C.Shape(
@@ -39,15 +42,19 @@ def shape_of(config: EpConfig, num_ranks: int) -> _C.Shape:
         max_tokens=config.max_tokens,
         num_chains=config.num_chains,
         wire=WIRE[config.dispatch_format],
+        opaque_row_bytes=config.opaque_row_bytes,
+        opaque_scales=config.opaque_scale_words,
     )
 
 
+@functools.lru_cache(maxsize=64)
 def layout_of(config: EpConfig, num_ranks: int) -> Layout:
     """Sizes of the group's memory. Raises ConfigError if the group cannot have this config."""
     config.validate_for(num_ranks)
     native = _C.layout(shape_of(config, num_ranks))
     return Layout(
         sizes=MemorySizes(native["heap_bytes"], native["local_bytes"], _C.fault_bytes()),
+        routing_bytes=native["routing_bytes"],
         message_bytes=native["message_bytes"],
         combine_bytes=2 * config.hidden,
         stats_offset=native["stats_offset"],

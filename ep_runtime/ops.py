@@ -1,4 +1,4 @@
-"""Tensors in, addresses out: the calls of the native ranks, alike on host and CUDA."""
+"""The native operations of one rank, on the host or on a GPU: the same calls."""
 
 from __future__ import annotations
 
@@ -14,53 +14,20 @@ from ep_runtime.native import _C
 
 
 class Ops(Protocol):
-    """One rank's operations. Strides in elements; a `num_tokens` tensor bounds the real rows."""
+    """Operations on checked arguments. `expected_tokens` only sizes a launch."""
 
     @property
     def native(self) -> _C.HostRank | _C.CudaRank: ...
-
-    def dispatch_send(
-        self,
-        chain: int,
-        x: torch.Tensor,
-        x_stride: int,
-        topk_idx: torch.Tensor,
-        weights: torch.Tensor,
-        num_tokens: torch.Tensor | None,
-    ) -> None: ...
-
+    def dispatch_send(self, chain: int, inputs: _C.SendInput) -> None: ...
     def dispatch_recv(self, chain: int, target: _C.RecvTarget, expected_tokens: int) -> None: ...
-
     def dispatch_fused(
-        self,
-        chain: int,
-        x: torch.Tensor,
-        x_stride: int,
-        topk_idx: torch.Tensor,
-        weights: torch.Tensor,
-        num_tokens: torch.Tensor | None,
-        target: _C.RecvTarget,
-        expected_tokens: int,
+        self, chain: int, inputs: _C.SendInput, target: _C.RecvTarget, expected_tokens: int
     ) -> None: ...
-
-    def combine_send(
-        self, chain: int, y: torch.Tensor, y_stride: int, expected_tokens: int
-    ) -> None: ...
-
-    def combine_recv(
-        self, chain: int, out: torch.Tensor, num_tokens: torch.Tensor | None
-    ) -> None: ...
-
+    def combine_send(self, chain: int, inputs: _C.CombineInput, expected_tokens: int) -> None: ...
+    def combine_recv(self, chain: int, output: _C.CombineOutput) -> None: ...
     def combine_fused(
-        self,
-        chain: int,
-        y: torch.Tensor,
-        y_stride: int,
-        out: torch.Tensor,
-        num_tokens: torch.Tensor | None,
-        expected_tokens: int,
+        self, chain: int, inputs: _C.CombineInput, output: _C.CombineOutput, expected_tokens: int
     ) -> None: ...
-
     def synchronize(self) -> None: ...
 
 
@@ -91,64 +58,31 @@ class HostOps:
     def __init__(self, native: _C.HostRank) -> None:
         self.native = native
 
-    def dispatch_send(
-        self,
-        chain: int,
-        x: torch.Tensor,
-        x_stride: int,
-        topk_idx: torch.Tensor,
-        weights: torch.Tensor,
-        num_tokens: torch.Tensor | None,
-    ) -> None:
-        self.native.dispatch_send(
-            chain,
-            x.data_ptr(),
-            x_stride,
-            topk_idx.data_ptr(),
-            topk_idx.element_size(),
-            weights.data_ptr(),
-            x.shape[0],
-            _address(num_tokens),
-        )
+    def dispatch_send(self, chain: int, inputs: _C.SendInput) -> None:
+        self.native.dispatch_send(chain, inputs)
 
     def dispatch_recv(self, chain: int, target: _C.RecvTarget, expected_tokens: int) -> None:
         del expected_tokens  # sizes a launch; here there is none
         self.native.dispatch_recv(chain, target)
 
     def dispatch_fused(
-        self,
-        chain: int,
-        x: torch.Tensor,
-        x_stride: int,
-        topk_idx: torch.Tensor,
-        weights: torch.Tensor,
-        num_tokens: torch.Tensor | None,
-        target: _C.RecvTarget,
-        expected_tokens: int,
+        self, chain: int, inputs: _C.SendInput, target: _C.RecvTarget, expected_tokens: int
     ) -> None:
-        self.dispatch_send(chain, x, x_stride, topk_idx, weights, num_tokens)
+        self.dispatch_send(chain, inputs)
         self.dispatch_recv(chain, target, expected_tokens)
 
-    def combine_send(
-        self, chain: int, y: torch.Tensor, y_stride: int, expected_tokens: int
-    ) -> None:
+    def combine_send(self, chain: int, inputs: _C.CombineInput, expected_tokens: int) -> None:
         del expected_tokens
-        self.native.combine_send(chain, y.data_ptr(), y_stride)
+        self.native.combine_send(chain, inputs)
 
-    def combine_recv(self, chain: int, out: torch.Tensor, num_tokens: torch.Tensor | None) -> None:
-        self.native.combine_recv(chain, out.data_ptr(), out.shape[0], _address(num_tokens))
+    def combine_recv(self, chain: int, output: _C.CombineOutput) -> None:
+        self.native.combine_recv(chain, output)
 
     def combine_fused(
-        self,
-        chain: int,
-        y: torch.Tensor,
-        y_stride: int,
-        out: torch.Tensor,
-        num_tokens: torch.Tensor | None,
-        expected_tokens: int,
+        self, chain: int, inputs: _C.CombineInput, output: _C.CombineOutput, expected_tokens: int
     ) -> None:
-        self.combine_send(chain, y, y_stride, expected_tokens)
-        self.combine_recv(chain, out, num_tokens)
+        self.combine_send(chain, inputs, expected_tokens)
+        self.combine_recv(chain, output)
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
@@ -164,89 +98,28 @@ class CudaOps:
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream
 
-    def dispatch_send(
-        self,
-        chain: int,
-        x: torch.Tensor,
-        x_stride: int,
-        topk_idx: torch.Tensor,
-        weights: torch.Tensor,
-        num_tokens: torch.Tensor | None,
-    ) -> None:
-        self.native.dispatch_send(
-            chain,
-            x.data_ptr(),
-            x_stride,
-            topk_idx.data_ptr(),
-            topk_idx.element_size(),
-            weights.data_ptr(),
-            x.shape[0],
-            _address(num_tokens),
-            self._stream(),
-        )
+    def dispatch_send(self, chain: int, inputs: _C.SendInput) -> None:
+        self.native.dispatch_send(chain, inputs, self._stream())
 
     def dispatch_recv(self, chain: int, target: _C.RecvTarget, expected_tokens: int) -> None:
         self.native.dispatch_recv(chain, target, expected_tokens, self._stream())
 
     def dispatch_fused(
-        self,
-        chain: int,
-        x: torch.Tensor,
-        x_stride: int,
-        topk_idx: torch.Tensor,
-        weights: torch.Tensor,
-        num_tokens: torch.Tensor | None,
-        target: _C.RecvTarget,
-        expected_tokens: int,
+        self, chain: int, inputs: _C.SendInput, target: _C.RecvTarget, expected_tokens: int
     ) -> None:
-        self.native.dispatch_fused(
-            chain,
-            x.data_ptr(),
-            x_stride,
-            topk_idx.data_ptr(),
-            topk_idx.element_size(),
-            weights.data_ptr(),
-            x.shape[0],
-            _address(num_tokens),
-            target,
-            expected_tokens,
-            self._stream(),
-        )
+        self.native.dispatch_fused(chain, inputs, target, expected_tokens, self._stream())
 
-    def combine_send(
-        self, chain: int, y: torch.Tensor, y_stride: int, expected_tokens: int
-    ) -> None:
-        self.native.combine_send(chain, y.data_ptr(), y_stride, expected_tokens, self._stream())
+    def combine_send(self, chain: int, inputs: _C.CombineInput, expected_tokens: int) -> None:
+        self.native.combine_send(chain, inputs, expected_tokens, self._stream())
 
-    def combine_recv(self, chain: int, out: torch.Tensor, num_tokens: torch.Tensor | None) -> None:
-        self.native.combine_recv(
-            chain, out.data_ptr(), out.shape[0], _address(num_tokens), self._stream()
-        )
+    def combine_recv(self, chain: int, output: _C.CombineOutput) -> None:
+        self.native.combine_recv(chain, output, self._stream())
 
     def combine_fused(
-        self,
-        chain: int,
-        y: torch.Tensor,
-        y_stride: int,
-        out: torch.Tensor,
-        num_tokens: torch.Tensor | None,
-        expected_tokens: int,
+        self, chain: int, inputs: _C.CombineInput, output: _C.CombineOutput, expected_tokens: int
     ) -> None:
-        self.native.combine_fused(
-            chain,
-            y.data_ptr(),
-            y_stride,
-            out.data_ptr(),
-            out.shape[0],
-            _address(num_tokens),
-            expected_tokens,
-            self._stream(),
-        )
+        self.native.combine_fused(chain, inputs, output, expected_tokens, self._stream())
 
     def synchronize(self) -> None:
         """Wait for all work on the device."""
         torch.cuda.synchronize(self._device)
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from ep_runtime.errors import SequenceError
+from ep_runtime.handles import Uses
+from ep_runtime.order import OpName
 
 T = TypeVar("T")
 
@@ -16,11 +18,15 @@ class Pending(Generic[T]):
     Put work between the two: no SM (and no thread) is occupied meanwhile. Capturable.
     """
 
-    __slots__ = ("_finish", "chain", "op")
+    __slots__ = ("_finish", "chain", "op", "uses")
 
-    def __init__(self, op: str, chain: int, finish: Callable[[Pending[T]], T]) -> None:
-        self.op = op
+    def __init__(
+        self, op: OpName, chain: int, uses: Uses, finish: Callable[[Pending[T]], T]
+    ) -> None:
+        """uses: of the receive tensors (and their routing) that the receive needs."""
+        self.op: OpName = op
         self.chain = chain
+        self.uses = uses
         self._finish: Callable[[Pending[T]], T] | None = finish
 
     @property

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, NoReturn, TypeVar, cast
 
 import torch
 
 from ep_runtime import env
-from ep_runtime.config import EpConfig
-from ep_runtime.errors import EpError, SequenceError, ShapeError
+from ep_runtime.config import DispatchFormat, EpConfig, ScaleFormat
+from ep_runtime.errors import ConfigError, EpError, SequenceError, ShapeError
 from ep_runtime.faults import fatal_error, routing_error
-from ep_runtime.handles import Received, StepStats, allocate_inbox
-from ep_runtime.layout import layout_of
+from ep_runtime.handles import Received, StepStats
+from ep_runtime.layout import layout_of, shape_of
 from ep_runtime.memory import RankMemory
 from ep_runtime.memory.base import log
 from ep_runtime.native import _C
 from ep_runtime.ops import Ops, make_ops
-from ep_runtime.order import SendOrder
+from ep_runtime.order import OpName, SendOrder
 from ep_runtime.pending import Pending
+from ep_runtime.receive import ReceiveBuffer, allocate_receive
 from ep_runtime.validate import Checker
 from ep_runtime.world import World
 
@@ -81,14 +82,11 @@ class Rank:
         self._fault = memory.fault
         self._identity = object()
         self._ops: Ops = make_ops(config, self.rank, memory, device)
-        self._check_dispatch = Checker(config, self.num_ranks, device, self._identity).dispatch
-        self._check_combine = Checker(config, self.num_ranks, device, self._identity).combine
-        self._inboxes = [
-            allocate_inbox(config, self.num_ranks, chain, device, self._identity)
-            for chain in range(config.num_chains)
-        ]
-        self._open: list[Pending[Received] | Pending[torch.Tensor] | None]
-        self._open = [None] * config.num_chains
+        self._checker = Checker(config, self.num_ranks, device, self._identity)
+        self._shape = shape_of(config, self.num_ranks)
+        self._inboxes = [self._receive(zeroed=True) for _ in range(config.num_chains)]
+        # Sends that were not waited for.
+        self._open: dict[tuple[OpName, int], Pending[Received] | Pending[torch.Tensor]] = {}
         self._routing_told = 0
         # Told of every operation before it is launched; what it raises keeps it from being.
         self.recorder: Callable[[OpRecord], None] | None = None
@@ -112,6 +110,52 @@ class Rank:
     def virtual(self) -> bool:
         """True for one of several ranks of this process."""
         return self._order is not None
+
+    def new_receive(
+        self,
+        *,
+        dispatch_format: DispatchFormat | None = None,
+        scale_format: ScaleFormat | None = None,
+        column_major_scales: bool = False,
+    ) -> ReceiveBuffer:
+        """Receive tensors for `dispatch(out=...)`: for formats other than the configuration's, for
+        handles that outlive the chain's next dispatch, for rows that several dispatches keep.
+
+        dispatch_format      None: the configuration's; one with "bf16" also takes "fp8"
+        scale_format         None: the configuration's
+        column_major_scales  scales lie with stride 1 over rows, as DeepGEMM's grouped GEMMs and
+                             DeepEP's callers expect
+        Allocates; not for captured code, unless torch's capture pool may own the tensors.
+        Raises ConfigError for a format that this Buffer's heap has no room for.
+        """
+        return self._receive(dispatch_format, scale_format, column_major_scales=column_major_scales)
+
+    def _receive(
+        self,
+        dispatch_format: DispatchFormat | None = None,
+        scale_format: ScaleFormat | None = None,
+        *,
+        column_major_scales: bool = False,
+        zeroed: bool = False,
+    ) -> ReceiveBuffer:
+        config = self.config
+        wanted = config.dispatch_format if dispatch_format is None else dispatch_format
+        if wanted != config.dispatch_format and (config.dispatch_format, wanted) != ("bf16", "fp8"):
+            raise ConfigError(
+                f"dispatch_format={wanted!r} on a Buffer made for {config.dispatch_format!r}: only"
+                " one made for 'bf16' has room for another ('fp8'); build the EpConfig with the"
+                " format you need"
+            )
+        return allocate_receive(
+            config,
+            self.num_ranks,
+            self.device,
+            self._identity,
+            wanted,
+            config.scale_format if scale_format is None else scale_format,
+            column_major_scales,
+            zeroed,
+        )
 
     # ---- faults, budget, statistics -------------------------------------------------------------
 
@@ -154,7 +198,8 @@ class Rank:
     def stats(self, chain: int = 0) -> StepStats:
         """What `chain` moved since its statistics were last zeroed. Synchronises."""
         values = self._ops.native.read_stats(chain)
-        return StepStats(**{field.name: values[field.name] for field in fields(StepStats)})
+        sums = {name: value for name, value in values.items() if isinstance(value, int)}
+        return StepStats(**sums, wait_ns=tuple(values["wait_ns"][: self.num_ranks]))
 
     def stats_region(self, chain: int) -> tuple[int, int]:
         """(address, bytes) of the chain's statistics: local memory, which a reset node zeroes."""
@@ -179,7 +224,7 @@ class Rank:
         self._ops.native.reset()
         _C.clear_faults(self._fault)
         self._routing_told = 0
-        self._open = [None] * self.config.num_chains
+        self._open.clear()
         if self._order is not None:
             self._order.forget(self.rank)
         self.set_time_budget(self._budget_s)

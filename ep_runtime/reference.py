@@ -10,10 +10,21 @@ from dataclasses import dataclass
 import torch
 
 from ep_runtime.config import EpConfig
+from ep_runtime.reference_wire import SCALE_GROUP, dequantize_fp8, quantize_fp8, wire_rows
 
-SCALE_GROUP = 128
-FP8_MAX = 448.0
-MIN_AMAX = 1e-4
+__all__ = [
+    "SCALE_GROUP",
+    "Combined",
+    "Expected",
+    "RankInput",
+    "clean_routes",
+    "combine",
+    "combine_in_order",
+    "dequantize_fp8",
+    "dispatch",
+    "quantize_fp8",
+]
+
 BF16_HALF_ULP = 2.0**-8  # the largest relative error of one rounding to BF16
 FP32_HALF_ULP = 2.0**-24
 
@@ -23,12 +34,14 @@ class RankInput:
     """What one rank dispatches: x [T, H] bf16, topk_idx [T, K], topk_weights [T, K] f32.
 
     num_tokens  how many of the T rows are real; None: all
+    scales      [T, words] of a 4-byte dtype, where opaque rows x [T, n] come with scales
     """
 
     x: torch.Tensor
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor
     num_tokens: int | None = None
+    scales: torch.Tensor | None = None
 
     @property
     def num_real(self) -> int:
@@ -48,6 +61,8 @@ class Expected:
     topk_idx: torch.Tensor | None
     topk_weights: torch.Tensor | None
     num_messages: torch.Tensor
+    source_token: torch.Tensor | None
+    layout_range: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +71,6 @@ class Combined:
 
     exact: torch.Tensor
     bound: torch.Tensor
-
-
-def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[..., H] bf16 -> ([..., H] float8_e4m3fn, [..., H/128] float32), value = q * scale."""
-    groups = x.float().unflatten(-1, (-1, SCALE_GROUP))  # type: ignore[no-untyped-call]
-    amax = groups.abs().amax(-1, keepdim=True).clamp_min(MIN_AMAX)
-    # Tensor by tensor: torch divides by (or into) a Python number through a reciprocal.
-    most = torch.full_like(amax, FP8_MAX)
-    values = (groups * (most / amax)).to(torch.float8_e4m3fn)
-    return values.flatten(-2), (amax / most).squeeze(-1)
-
-
-def dequantize_fp8(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The inverse, in float32."""
-    return values.float() * scales.repeat_interleave(SCALE_GROUP, dim=-1)
 
 
 def clean_routes(config: EpConfig, rank_input: RankInput) -> tuple[torch.Tensor, int]:
@@ -151,19 +151,36 @@ def _receive(config: EpConfig, inputs: Sequence[RankInput], rank: int) -> Expect
     places = _places(config, inputs, rank)
     compact = config.recv_format == "compact"
     local_idx, weights = _local_choices(config, inputs, rank, places.token_of)
-    x, scales = _wire_rows(config, inputs, places.token_of)
-    lead = (len(places.counts), -1) if config.recv_format == "batched" else (-1,)
+    x, scales = _sent_rows(config, inputs, places.token_of)
+    batched = config.recv_format == "batched"
+    lead = (len(places.counts), -1) if batched else (-1,)
     offset = torch.tensor(places.first_row, dtype=torch.int32)
     return Expected(
-        x=x.view(*lead, x.shape[-1]),
-        scales=None if scales is None else scales.view(*lead, scales.shape[-1]),
+        x=_shaped(x, lead),
+        scales=None if scales is None else _shaped(scales, lead),
         valid=(places.token_of >= 0).view(lead),
         recv_count=torch.tensor(places.counts, dtype=torch.int32),
         expert_offset=offset if config.recv_format == "contiguous" else None,
         topk_idx=local_idx if compact else None,
         topk_weights=weights if compact else None,
         num_messages=torch.tensor(places.messages, dtype=torch.int32),
+        source_token=(places.token_of % config.max_tokens).int().view(lead) if batched else None,
+        layout_range=_layout_range(config, places, len(inputs)) if batched else None,
     )
+
+
+def _shaped(rows: torch.Tensor, lead: tuple[int, ...]) -> torch.Tensor:
+    """[L*n, width] -> [*lead, width]; a width of 0 would leave view() to guess."""
+    return rows if len(lead) == 1 else rows.view(lead[0], len(rows) // lead[0], rows.shape[1])
+
+
+def _layout_range(config: EpConfig, places: _Places, num_ranks: int) -> torch.Tensor:
+    """[L, R] int64: (first row of the source within the expert << 32) | its rows."""
+    source_of = torch.where(places.token_of >= 0, places.token_of // config.max_tokens, -1)
+    of_expert = source_of.view(len(places.counts), -1)
+    rows = torch.stack([(of_expert == source).sum(1) for source in range(num_ranks)], dim=1)
+    first = rows.cumsum(1) - rows
+    return (first << 32) | rows
 
 
 def _local_choices(
@@ -184,19 +201,32 @@ def _local_choices(
     return idx.int(), torch.where(idx >= 0, weight[picked], 0.0)
 
 
-def _wire_rows(
+def _sent_rows(
     config: EpConfig, inputs: Sequence[RankInput], token_of: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The rows of flat tokens as they travel (rows of token -1 hold anything)."""
-    rows = torch.zeros((len(inputs) * config.max_tokens, config.hidden), dtype=torch.bfloat16)
-    for source, one in enumerate(inputs):
-        start = source * config.max_tokens
-        rows[start : start + one.x.shape[0]] = one.x
+    num_slots = len(inputs) * config.max_tokens
+    travelled = [wire_rows(config, one.x, one.scales) for one in inputs]
+    flat = _flat_tokens(config, inputs)
     picked = token_of.clamp_min(0)
-    if config.dispatch_format == "bf16":
-        return rows[picked], None
-    values, scales = quantize_fp8(rows)
-    return values.view(torch.uint8)[picked].view(torch.float8_e4m3fn), scales[picked]
+
+    def gathered(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        rows = torch.cat([part.view(torch.uint8) for part in parts])  # FP8 has no indexing
+        slots = rows.new_zeros((num_slots, rows.shape[-1]))
+        slots[flat] = rows
+        return slots[picked].view(parts[0].dtype)
+
+    scales = [scale for _, scale in travelled if scale is not None]
+    return gathered([rows.contiguous() for rows, _ in travelled]), gathered(
+        scales
+    ) if scales else None
+
+
+def _flat_tokens(config: EpConfig, inputs: Sequence[RankInput]) -> torch.Tensor:
+    """Flat token of every row of every rank, one after the other."""
+    return torch.cat(
+        [r * config.max_tokens + torch.arange(len(one.x)) for r, one in enumerate(inputs)]
+    )
 
 
 def _entry_weights(config: EpConfig, inputs: Sequence[RankInput]) -> torch.Tensor:

@@ -12,9 +12,10 @@ import torch
 from ep_runtime.config import EpConfig
 from ep_runtime.errors import SequenceError, ShapeError
 from ep_runtime.handles import Handle
+from ep_runtime.receive import ReceiveBuffer
 
 ROW_ALIGNMENT = 16  # bytes: rows are read and written as 16-byte vectors
-ROW_MULTIPLE = 8  # BF16 elements in such a vector
+SCALE_BYTES = 4  # scales move as 4-byte words
 
 
 class Checker:
@@ -24,7 +25,9 @@ class Checker:
         self._config = config
         self._device = device
         self._owner = owner
+        self._num_ranks = num_ranks
         rows, experts = config.recv_rows(num_ranks), config.local_experts(num_ranks)
+        self._local_experts = experts
         batched = config.recv_format == "batched"
         self._rows_shape = (experts, rows, config.hidden) if batched else (rows, config.hidden)
 
@@ -32,33 +35,30 @@ class Checker:
         self,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
         chain: int,
         num_tokens: torch.Tensor | None,
         expected_tokens: int | None,
+        out: ReceiveBuffer | None,
     ) -> int:
-        """Returns the row stride of x in elements."""
+        """Returns the row stride of x in bytes."""
         config = self._config
         if not isinstance(chain, int) or not 0 <= chain < config.num_chains:
             self._bad_chain(chain)
-        if x.dtype is not torch.bfloat16:
-            _wrong("x.dtype", x.dtype, torch.bfloat16, "convert with x.bfloat16()")
-        shape = x.shape
-        if len(shape) != 2 or shape[1] != config.hidden:
-            _wrong("x.shape", list(shape), f"[T, {config.hidden}]", "reshape the rows")
-        rows = shape[0]
-        if rows > config.max_tokens:
-            raise ShapeError(
-                f"x has {rows} rows, max_tokens={config.max_tokens}; dispatch fewer tokens at once"
-                " or build the EpConfig with a larger max_tokens"
-            )
-        stride = self._row_stride("x", x, x.stride(0) if rows > 1 else config.hidden)
+        if out is not None:
+            self._receive(out)
+        stride = self._rows(x)
+        rows = x.shape[0]
         self._table("topk_idx", topk_idx, rows)
         if topk_idx.dtype is not torch.int64 and topk_idx.dtype is not torch.int32:
             _wrong("topk_idx.dtype", topk_idx.dtype, "torch.int64 or torch.int32", "convert it")
-        self._table("topk_weights", topk_weights, rows)
-        if topk_weights.dtype is not torch.float32:
-            _wrong("topk_weights.dtype", topk_weights.dtype, torch.float32, "use .float()")
+        if topk_weights is not None:
+            self._weights(topk_weights, rows)
+        elif config.recv_format == "compact":
+            _wrong("topk_weights", None, "a tensor", "'compact' hands them to the experts")
+        if scales is not None or config.opaque_scale_words > 0:
+            self._scales(scales, rows)
         if num_tokens is not None:
             self._scalar(num_tokens)
         if expected_tokens is not None and not 0 <= expected_tokens <= config.max_tokens:
@@ -68,16 +68,15 @@ class Checker:
             )
         return stride
 
-    def combine(self, y: torch.Tensor, handle: Handle, out: torch.Tensor | None) -> int:
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        topk_weights: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> int:
         """Returns the row stride of y in elements."""
-        if not isinstance(handle, Handle):
-            _wrong("handle", type(handle).__name__, "Handle", "pass received.handle")
-        if handle.owner is not self._owner:
-            raise SequenceError(
-                f"the handle (chain {handle.chain}, {handle.num_rows} rows) belongs to another"
-                " Buffer; combine where the tokens were dispatched, on the rank that received"
-                " them"
-            )
+        self._handle(handle, topk_weights)
         if y.dtype is not torch.bfloat16:
             _wrong("y.dtype", y.dtype, torch.bfloat16, "convert with y.bfloat16()")
         if y.shape != self._rows_shape:
@@ -101,17 +100,102 @@ class Checker:
             self._out(out, handle.num_rows)
         return stride
 
+    def statistics(
+        self, cumulative_recv_count: torch.Tensor | None, wait_ns: torch.Tensor | None
+    ) -> None:
+        """What an operation adds to."""
+        if cumulative_recv_count is not None:
+            size = self._local_experts
+            self._vector("cumulative_recv_count", cumulative_recv_count, torch.int32, size)
+        if wait_ns is not None:
+            self._vector("wait_ns", wait_ns, torch.int64, self._num_ranks)
+
+    def _handle(self, handle: Handle, topk_weights: torch.Tensor | None) -> None:
+        if not isinstance(handle, Handle):
+            _wrong("handle", type(handle).__name__, "Handle", "pass received.handle")
+        if handle.owner is not self._owner:
+            raise SequenceError(
+                f"the handle (chain {handle.chain}, {handle.num_rows} rows) belongs to another"
+                " Buffer; combine where the tokens were dispatched, on the rank that received"
+                " them"
+            )
+        if handle.stale:
+            raise SequenceError(
+                f"the handle (chain {handle.chain}, {handle.num_rows} rows) is stale: a later"
+                " dispatch has used its receive tensors; combine before that, or give each"
+                " dispatch its own with out=buffer.new_receive()"
+            )
+        if topk_weights is not None:
+            if not handle.late_weights:
+                _wrong("topk_weights", "a tensor", "None", "this dispatch had its weights")
+            self._weights(topk_weights, handle.num_rows)
+        elif handle.late_weights:
+            _wrong("topk_weights", None, "a tensor", "the dispatch of this handle had none")
+
+    def _receive(self, out: ReceiveBuffer) -> None:
+        if not isinstance(out, ReceiveBuffer):
+            _wrong("out", type(out).__name__, "ReceiveBuffer", "pass buffer.new_receive()")
+        if out.received.handle.owner is not self._owner:
+            raise ShapeError("out belongs to another Buffer; use this one's new_receive()")
+
+    def _rows(self, x: torch.Tensor) -> int:
+        """Rows to dispatch: returns their stride in bytes."""
+        config = self._config
+        opaque = config.dispatch_format == "opaque"
+        if not opaque and x.dtype is not torch.bfloat16:
+            _wrong("x.dtype", x.dtype, torch.bfloat16, "convert with x.bfloat16()")
+        size = x.element_size()
+        width = config.opaque_row_bytes // size if opaque else config.hidden
+        if x.dim() != 2 or x.shape[1] != width:
+            _wrong("x.shape", list(x.shape), f"[T, {width}]", "reshape the rows")
+        rows = x.shape[0]
+        if rows > config.max_tokens:
+            raise ShapeError(
+                f"x has {rows} rows, max_tokens={config.max_tokens}; dispatch fewer tokens at once"
+                " or build the EpConfig with a larger max_tokens"
+            )
+        return self._row_stride("x", x, x.stride(0) if rows > 1 else width) * size
+
+    def _scales(self, scales: torch.Tensor | None, rows: int) -> None:
+        """Scales of opaque rows: [T, words] of 4 bytes, any strides."""
+        words = self._config.opaque_scale_words
+        if scales is None:
+            _wrong("scales", None, f"[T, {words}]", "give the scales of the opaque rows")
+        if words == 0:
+            _wrong("scales", list(scales.shape), "None", "this configuration has no scale words")
+        if scales.element_size() != SCALE_BYTES:
+            _wrong("scales.dtype", scales.dtype, "a 4-byte dtype", "view it as torch.int32")
+        if scales.shape != (rows, words):
+            _wrong("scales.shape", list(scales.shape), [rows, words], "one row per row of x")
+        if scales.device != self._device:
+            _wrong("scales.device", scales.device, self._device, "move it: scales.to(...)")
+
+    def _weights(self, topk_weights: torch.Tensor, rows: int) -> None:
+        self._table("topk_weights", topk_weights, rows)
+        if topk_weights.dtype is not torch.float32:
+            _wrong("topk_weights.dtype", topk_weights.dtype, torch.float32, "use .float()")
+
+    def _vector(self, name: str, vector: torch.Tensor, dtype: torch.dtype, size: int) -> None:
+        if vector.dtype is not dtype:
+            _wrong(f"{name}.dtype", vector.dtype, dtype, "allocate it so")
+        if vector.shape != (size,):
+            _wrong(f"{name}.shape", list(vector.shape), [size], "allocate it so")
+        if vector.device != self._device:
+            _wrong(f"{name}.device", vector.device, self._device, f"move it: {name}.to(...)")
+        if not vector.is_contiguous():
+            _wrong(f"{name}.stride()", vector.stride(), "contiguous", f"call {name}.contiguous()")
+
     def _row_stride(self, name: str, rows: torch.Tensor, stride: int) -> int:
         """The row stride, if the rows can be accessed as 16-byte vectors."""
         if rows.device != self._device:
             _wrong(f"{name}.device", rows.device, self._device, f"move it: {name}.to(...)")
         if rows.stride(-1) != 1:
             _wrong(f"{name}.stride(-1)", rows.stride(-1), 1, f"call {name}.contiguous()")
-        if stride % ROW_MULTIPLE:
+        if stride * rows.element_size() % ROW_ALIGNMENT:
             _wrong(
                 f"{name} row stride",
                 stride,
-                f"a multiple of {ROW_MULTIPLE} elements",
+                f"a multiple of {ROW_ALIGNMENT // rows.element_size()} elements",
                 f"call {name}.contiguous()",
             )
         if rows.data_ptr() % ROW_ALIGNMENT:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 from ep_runtime import env
 from ep_runtime.buffer import Buffer
@@ -15,7 +14,6 @@ from ep_runtime.graphs.record import HostGraph
 from ep_runtime.graphs.staging import Tensors
 
 Sizes = tuple[int, ...]  # a bucket per rank of this process
-R = TypeVar("R")
 
 
 @dataclass(slots=True)
@@ -37,16 +35,9 @@ class Entry:
 class Builder:
     """Captures entries on all ranks of a group together. `site` is None on the host backend."""
 
-    def __init__(
-        self,
-        buffers: Sequence[Buffer],
-        site: CaptureSite | None,
-        open_chain: Callable[[Sizes], None] | None,
-        close_chain: Callable[[Sizes], None] | None,
-    ) -> None:
+    def __init__(self, buffers: Sequence[Buffer], site: CaptureSite | None) -> None:
         self._buffers = buffers
         self._site = site
-        self._open, self._close = open_chain, close_chain
         self._virtual = buffers[0].virtual
         self._world = buffers[0].world
 
@@ -91,10 +82,10 @@ class Builder:
 
     def _warm(self, entry: Entry) -> None:
         if self._site is None:
-            self._balanced(entry.run, entry.sizes)
+            entry.run()
             return
         with self._site.on_stream():
-            self._balanced(entry.run, entry.sizes)
+            entry.run()
         for buffer in self._buffers:
             buffer.check()
 
@@ -105,17 +96,8 @@ class Builder:
 
     def _capture(self, entry: Entry) -> HostGraph | CudaGraph:
         if self._site is not None:
-            # A capture executes nothing, so there is nothing to open or close around it.
             return CudaGraph(self._buffers, entry.run, self._site, f"the graph of {entry.sizes}")
-        return self._balanced(lambda: HostGraph(self._buffers, entry.run), entry.sizes)
-
-    def _balanced(self, run: Callable[[], R], sizes: Sizes) -> R:
-        if self._open is not None:
-            self._open(sizes)
-        result = run()
-        if self._close is not None:
-            self._close(sizes)
-        return result
+        return HostGraph(self._buffers, entry.run)
 
     def _together(self, what: str, part: Callable[[], None]) -> None:
         """Do a part; where it fails on one rank, it fails on all. Ranks meet at its end."""

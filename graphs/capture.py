@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -75,6 +76,19 @@ class CaptureSite:
             torch.cuda.synchronize(device)
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: a graph that it frees would invalidate the capture of this one."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class CudaGraph:
     """A captured, audited, instantiated and uploaded step of all ranks of this process."""
 
@@ -90,7 +104,7 @@ class CudaGraph:
         capture = torch.cuda.graph(
             self._graph, pool=site.pool, stream=site.stream, capture_error_mode="thread_local"
         )
-        with recording(buffers) as operations, capture, site.fork():
+        with _no_collection(), recording(buffers) as operations, capture, site.fork():
             self.outputs = run()
         self.audit = self._add_resets(buffers, operations)
         self.audit.require_clean(what)

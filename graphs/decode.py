@@ -54,10 +54,6 @@ class DecodeGraphs(Generic[D, N]):
     warmup       eager runs of the step per bucket before the capture, with 0 real tokens
     pool         torch's graph memory pool to share; see `pool`
     mixed        virtual ranks: captures for ranks in different buckets, as (bucket of rank 0, ...)
-    open_chain, close_chain
-                 called with the buckets before and after every eager warm-up run (host: also
-                 around the recorded one), for a step that begins with a combine or ends with a
-                 dispatch: they issue the missing half
 
     Raises ShapeError for sizes that do not fit, CaptureError where the audit rejects a graph, and
     what the step raises. Several DecodeGraphs may share a Buffer; graphs may be replayed in any
@@ -74,8 +70,6 @@ class DecodeGraphs(Generic[D, N]):
         *,
         warmup: int = 2,
         pool: Any = None,
-        open_chain: Callable[[Sizes], None] | None = None,
-        close_chain: Callable[[Sizes], None] | None = None,
     ) -> None: ...
 
     @overload
@@ -89,8 +83,6 @@ class DecodeGraphs(Generic[D, N]):
         warmup: int = 2,
         pool: Any = None,
         mixed: Sequence[Sizes] = (),
-        open_chain: Callable[[Sizes], None] | None = None,
-        close_chain: Callable[[Sizes], None] | None = None,
     ) -> None: ...
 
     def __init__(
@@ -103,8 +95,6 @@ class DecodeGraphs(Generic[D, N]):
         warmup: int = 2,
         pool: Any = None,
         mixed: Sequence[Sizes] = (),
-        open_chain: Callable[[Sizes], None] | None = None,
-        close_chain: Callable[[Sizes], None] | None = None,
     ) -> None:
         self._single = isinstance(buffers, Buffer)
         self._buffers = [buffers] if isinstance(buffers, Buffer) else list(buffers)
@@ -117,7 +107,7 @@ class DecodeGraphs(Generic[D, N]):
         self._site: CaptureSite | None = None
         if self._buffers[0].device.type == "cuda":
             self._site = CaptureSite([buffer.device for buffer in self._buffers], pool)
-        builder = Builder(self._buffers, self._site, open_chain, close_chain)
+        builder = Builder(self._buffers, self._site)
         builder.build(list(self._entries.values()), warmup)
 
     # ---- replay ---------------------------------------------------------------------------------

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
+
+# Before CUDA starts. Ranks of one process wait for each other on their GPU: a kernel of torch that
+# is loaded while one of them waits could wait for it in turn, and so could streams that share one
+# of the hardware's queues.
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import pytest
 import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -11,18 +11,69 @@ from support import Snapshot, poison
 
 from ep_runtime import Buffer
 from ep_runtime.pending import Pending
+from ep_runtime.receive import ReceiveBuffer
 from ep_runtime.reference import RankInput
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a dispatch is called, besides its inputs.
+
+    into         the receive tensors of that name (see Driver.open_receive); None: the chain's own
+    late         the weights come with the combines
+    round_scale  as dispatch() takes it
+    counting     add to the driver's cumulative_recv_count
+    timing       add to the driver's wait_ns, in combines of the handle as well
+    scale_order  how opaque scales lie: "rows", "columns" or "gaps" (every second word)
+    """
+
+    into: str | None = None
+    late: bool = False
+    round_scale: bool | None = None
+    counting: bool = False
+    timing: bool = False
+    scale_order: str = "rows"
+
+
+PLAIN = Options()
+
+
 class Driver:
-    """One rank: moves inputs to its device, poisons outputs, copies results back."""
+    """One rank: moves inputs to its device, poisons outputs, copies results back.
+
+    Handles are kept by the name of their receive tensors, or by the number of their chain.
+    """
 
     def __init__(self, buffer: Buffer) -> None:
         self.buffer = buffer
-        self.pending: dict[int, Pending[Any]] = {}
-        self.handles: dict[int, Any] = {}
+        self.pending: dict[tuple[str, int], Pending[Any]] = {}
+        self.handles: dict[str | int, Any] = {}
+        self.receives: dict[str, ReceiveBuffer] = {}
         self.captured: CapturedPair
         self.fused: Any = None
+        experts, device = buffer.config.local_experts(buffer.num_ranks), buffer.device
+        self.cumulative = torch.zeros(experts, dtype=torch.int32, device=device)
+        self.waited = {
+            op: torch.zeros(buffer.num_ranks, dtype=torch.int64, device=device)
+            for op in ("dispatch", "combine")
+        }
+        self._timed: set[str | int] = set()
+        self._keys: dict[int, str | int] = {}
+
+    def open_receive(self, name: str, options: dict[str, Any]) -> tuple[Any, ...] | None:
+        """Receive tensors of that name; returns the strides of their scales."""
+        self.receives[name] = self.buffer.new_receive(**options)
+        scales = self.receives[name].received.scales
+        return None if scales is None else (tuple(scales.shape), scales.stride())
+
+    def open_receive_once(self, name: str) -> None:
+        """Receive tensors of that name in the configuration's format, unless there are some."""
+        if name not in self.receives:
+            self.open_receive(name, {})
+
+    def remember(self, key: str | int, name: str) -> None:
+        """Keep a handle under another name as well."""
+        self.handles[name] = self.handles[key]
 
     def _on_device(self, rank_input: RankInput, expected: int | None) -> tuple[Any, Any]:
         device = self.buffer.device
@@ -32,10 +83,24 @@ class Driver:
         options = {"num_tokens": scalar, "expected_tokens": expected}
         return [t.to(device) for t in tensors], options
 
-    def _poison_inbox(self, chain: int) -> None:
-        received = self.buffer._inboxes[chain].received
+    def _called(self, rank_input: RankInput, options: Options) -> dict[str, Any]:
+        """Arguments of dispatch() that `options` asks for."""
+        given: dict[str, Any] = {"round_scale": options.round_scale}
+        if rank_input.scales is not None:
+            given["scales"] = _laid_out(rank_input.scales, options.scale_order, self.buffer.device)
+        if options.into is not None:
+            given["out"] = self.receives[options.into]
+        if options.counting:
+            given["cumulative_recv_count"] = self.cumulative
+        if options.timing:
+            given["wait_ns"] = self.waited["dispatch"]
+        return given
+
+    def _poison_inbox(self, chain: int, into: str | None = None) -> None:
+        inbox = self.buffer._inboxes[chain] if into is None else self.receives[into]
         for field in fields(Snapshot):
-            poison(getattr(received, field.name))
+            as_bytes = field.name in ("scales", "source_token")
+            poison(getattr(inbox.received, field.name), as_bytes=as_bytes)
 
     def _snapshot(self, received: Any) -> Snapshot:
         values = [getattr(received, field.name) for field in fields(Snapshot)]
@@ -43,9 +108,9 @@ class Driver:
 
     def _strided(self, rows: torch.Tensor, extra: int) -> torch.Tensor:
         """The same rows, `extra` channels of NaN between them."""
-        wide = torch.full(
-            (*rows.shape[:-1], rows.shape[-1] + extra), float("nan"), dtype=rows.dtype
-        ).to(self.buffer.device)
+        wide = torch.empty((*rows.shape[:-1], rows.shape[-1] + extra), dtype=rows.dtype)
+        poison(wide)
+        wide = wide.to(self.buffer.device)
         wide[..., : rows.shape[-1]] = rows.to(self.buffer.device)
         return wide[..., : rows.shape[-1]]
 
@@ -55,16 +120,22 @@ class Driver:
         chain: int = 0,
         expected: int | None = None,
         extra_stride: int = 0,
+        options: Options = PLAIN,
     ) -> None:
-        (x, idx, weights), options = self._on_device(rank_input, expected)
+        (x, idx, weights), sizes = self._on_device(rank_input, expected)
         if extra_stride:
             x = self._strided(rank_input.x, extra_stride)
-        self._poison_inbox(chain)
-        self.pending[chain] = self.buffer.dispatch(x, idx, weights, chain=chain, **options)
+        self._poison_inbox(chain, options.into)
+        called = self._called(rank_input, options)
+        self.pending["dispatch", chain] = self.buffer.dispatch(
+            x, idx, None if options.late else weights, chain=chain, **sizes, **called
+        )
+        self._keys[chain] = key = chain if options.into is None else options.into
+        (self._timed.add if options.timing else self._timed.discard)(key)
 
     def receive(self, chain: int = 0) -> Snapshot:
-        received = self.pending.pop(chain).wait()
-        self.handles[chain] = received.handle
+        received = self.pending.pop(("dispatch", chain)).wait()
+        self.handles[self._keys[chain]] = received.handle
         return self._snapshot(received)
 
     def receive_alone(self, chain: int = 0) -> None:
@@ -81,14 +152,33 @@ class Driver:
         self.buffer._ops.synchronize()
         self.buffer.check()
 
-    def combine(self, y: torch.Tensor, chain: int = 0, extra_stride: int = 0) -> None:
-        handle = self.handles[chain]
+    def combine(
+        self,
+        y: torch.Tensor,
+        key: str | int = 0,
+        extra_stride: int = 0,
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        """key: of the handle."""
+        handle = self.handles[key]
         on_device = self._strided(y, extra_stride) if extra_stride else y.to(self.buffer.device)
-        self.pending[chain] = self.buffer.combine(on_device, handle, out=self._out(handle))
+        self.pending["combine", handle.chain] = self.buffer.combine(
+            on_device,
+            handle,
+            topk_weights=None if weights is None else weights.to(self.buffer.device),
+            out=self._out(handle),
+            wait_ns=self.waited["combine"] if key in self._timed else None,
+        )
 
     def collect(self, chain: int = 0) -> torch.Tensor:
-        out: torch.Tensor = self.pending.pop(chain).wait()
+        out: torch.Tensor = self.pending.pop(("combine", chain)).wait()
         return out.cpu().clone()
+
+    def tallies(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """cumulative_recv_count, and wait_ns of dispatches and of combines."""
+        waited = self.waited
+        tallies = (self.cumulative, waited["dispatch"], waited["combine"])
+        return tuple(tally.cpu().clone() for tally in tallies)  # type: ignore[return-value]
 
     def _out(self, handle: Any) -> torch.Tensor:
         shape = (handle.num_rows, self.buffer.config.hidden)
@@ -96,17 +186,32 @@ class Driver:
         poison(out)
         return out
 
-    def dispatch_fused(self, rank_input: RankInput, chain: int = 0) -> None:
+    def dispatch_fused(
+        self, rank_input: RankInput, chain: int = 0, options: Options = PLAIN
+    ) -> None:
         """Launched only: a peer of this process may have to launch its own first."""
-        (x, idx, weights), options = self._on_device(rank_input, None)
-        self._poison_inbox(chain)
-        self.fused = self.buffer.dispatch_fused(x, idx, weights, chain=chain, **options)
-        self.handles[chain] = self.fused.handle
+        (x, idx, weights), sizes = self._on_device(rank_input, None)
+        self._poison_inbox(chain, options.into)
+        self.fused = self.buffer.dispatch_fused(
+            x,
+            idx,
+            None if options.late else weights,
+            chain=chain,
+            **sizes,
+            **self._called(rank_input, options),
+        )
+        self.handles[chain if options.into is None else options.into] = self.fused.handle
 
-    def combine_fused(self, y: torch.Tensor, chain: int = 0) -> None:
-        handle = self.handles[chain]
-        on_device = y.to(self.buffer.device)
-        self.fused = self.buffer.combine_fused(on_device, handle, out=self._out(handle))
+    def combine_fused(
+        self, y: torch.Tensor, key: str | int = 0, weights: torch.Tensor | None = None
+    ) -> None:
+        handle = self.handles[key]
+        self.fused = self.buffer.combine_fused(
+            y.to(self.buffer.device),
+            handle,
+            topk_weights=None if weights is None else weights.to(self.buffer.device),
+            out=self._out(handle),
+        )
 
     def fused_result(self) -> Snapshot | torch.Tensor:
         """What the last fused operation gave."""
@@ -134,6 +239,18 @@ class Driver:
         self.captured.load(0, rank_input, y)
         self.captured.graph.replay()
         return self.captured.results(0)
+
+
+def _laid_out(scales: torch.Tensor, order: str, device: torch.device) -> torch.Tensor:
+    """The same scales on the device, in other strides."""
+    rows, words = scales.shape
+    if order == "columns":
+        return scales.t().contiguous().to(device).t()
+    if order == "gaps":
+        wide = torch.full((rows, 2 * words), -1, dtype=scales.dtype)
+        wide[:, ::2] = scales
+        return wide.to(device)[:, ::2]
+    return scales.to(device)
 
 
 class CapturedPair:

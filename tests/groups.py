@@ -17,7 +17,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from drivers import Driver
+from drivers import PLAIN, Driver, Options
+from gpus import num_gpus
 from support import Snapshot
 from torch.distributed import TCPStore
 
@@ -53,24 +54,65 @@ class Group(ABC):
         """`each`, with the same arguments on every rank."""
         return self.each(method, [arguments] * self.num_ranks)
 
-    def dispatch(self, inputs: list[RankInput], chain: int = 0, **options: Any) -> list[Snapshot]:
-        expected, extra = options.get("expected"), options.get("extra_stride", 0)
-        self.each("dispatch", [(one, chain, expected, extra) for one in inputs])
+    def dispatch(self, inputs: list[RankInput], chain: int = 0, **how: Any) -> list[Snapshot]:
+        self.send(inputs, chain, **how)
         return self.all("receive", chain)
 
-    def dispatch_fused(self, inputs: list[RankInput], chain: int = 0) -> list[Snapshot]:
-        self.each("dispatch_fused", [(one, chain) for one in inputs])
+    def send(self, inputs: list[RankInput], chain: int = 0, **how: Any) -> None:
+        """how: expected, extra_stride, options."""
+        expected, extra = how.get("expected"), how.get("extra_stride", 0)
+        options = how.get("options", PLAIN)
+        self.each("dispatch", [(one, chain, expected, extra, options) for one in inputs])
+
+    def dispatch_fused(
+        self, inputs: list[RankInput], chain: int = 0, options: Options = PLAIN
+    ) -> list[Snapshot]:
+        self.each("dispatch_fused", [(one, chain, options) for one in inputs])
         return self.all("fused_result")
 
-    def combine_fused(self, outputs: list[torch.Tensor], chain: int = 0) -> list[torch.Tensor]:
-        self.each("combine_fused", [(y, chain) for y in outputs])
+    def combine_fused(
+        self,
+        outputs: list[torch.Tensor],
+        chain: int = 0,
+        *,
+        of: str | None = None,
+        weights: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        own = _or_nones(weights, self.num_ranks)
+        key = chain if of is None else of
+        self.each("combine_fused", [(y, key, w) for y, w in zip(outputs, own, strict=True)])
         return self.all("fused_result")
 
     def combine(
-        self, outputs: list[torch.Tensor], chain: int = 0, extra_stride: int = 0
+        self,
+        outputs: list[torch.Tensor],
+        chain: int = 0,
+        extra_stride: int = 0,
+        *,
+        of: str | None = None,
+        weights: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
-        self.each("combine", [(y, chain, extra_stride) for y in outputs])
+        """of: the receive tensors of the handle; None: the chain's own."""
+        self.send_back(outputs, chain, extra_stride, of=of, weights=weights)
         return self.all("collect", chain)
+
+    def send_back(
+        self,
+        outputs: list[torch.Tensor],
+        chain: int = 0,
+        extra_stride: int = 0,
+        *,
+        of: str | None = None,
+        weights: list[torch.Tensor] | None = None,
+    ) -> None:
+        own = _or_nones(weights, self.num_ranks)
+        key = chain if of is None else of
+        given = [(y, key, extra_stride, w) for y, w in zip(outputs, own, strict=True)]
+        self.each("combine", given)
+
+
+def _or_nones(weights: list[torch.Tensor] | None, count: int) -> Sequence[torch.Tensor | None]:
+    return [None] * count if weights is None else weights
 
 
 class VirtualGroup(Group):
@@ -118,6 +160,7 @@ class ProcessPool:
         self.num_ranks = num_ranks
         self.backend = backend
         self.memory = "auto"
+        self.open_groups = 0
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "ep_runtime.buffer", "drivers"])
@@ -154,6 +197,11 @@ class ProcessPool:
         kind, value = _unpack(self.pipes[rank].recv_bytes())
         return _rebuild(*value) if kind == "error" else value
 
+    @property
+    def as_new(self) -> bool:
+        """Every process is there, and whoever opened a group has closed it."""
+        return not self.open_groups and all(process.is_alive() for process in self.processes)
+
     def stop(self) -> None:
         for process in self.processes:
             process.kill()
@@ -173,6 +221,7 @@ class ProcessGroup(Group):
         for answer in pool.ask([("open", config)] * self.num_ranks):
             if isinstance(answer, BaseException):
                 raise answer
+        pool.open_groups += 1
 
     def outcomes(self, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Any]:
         return self.pool.ask(
@@ -181,6 +230,7 @@ class ProcessGroup(Group):
 
     def close(self) -> None:
         self.pool.ask([("close",)] * self.num_ranks)
+        self.pool.open_groups -= 1
 
 
 def _work(
@@ -271,8 +321,14 @@ GPU_PLACES = [
     Place("virtual", "cuda", 4, (0,)),
     Place("virtual", "cuda", 8, (0,)),
 ]
-MULTI_PLACES = [
-    Place("virtual", "cuda", 2, (0, 1)),
-    Place("virtual", "cuda", 4, (0, 1)),
-    Place("processes", "cuda", 2),
-]
+
+
+def multi_places() -> list[Place]:
+    """A rank on every GPU, two ranks on each of at most four GPUs, a process for every GPU."""
+    every = tuple(range(num_gpus()))
+    some = every[:4]
+    return [
+        Place("virtual", "cuda", len(every), every),
+        Place("virtual", "cuda", 2 * len(some), some),
+        Place("processes", "cuda", len(every)),
+    ]

@@ -25,6 +25,8 @@ class Snapshot:
     topk_idx: torch.Tensor | None
     topk_weights: torch.Tensor | None
     num_messages: torch.Tensor
+    source_token: torch.Tensor | None
+    layout_range: torch.Tensor | None
 
 
 def new_rng() -> torch.Generator:
@@ -37,17 +39,19 @@ def new_rng() -> torch.Generator:
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor: [..., bytes of the last dimension]."""
-    return tensor.contiguous().view(torch.uint8)
+    return tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
-def poison(tensor: torch.Tensor | None) -> None:
-    """Overwrite with what no operation leaves behind."""
+def poison(tensor: torch.Tensor | None, *, as_bytes: bool = False) -> None:
+    """Overwrite with what no operation leaves behind. as_bytes: integers too become POISON_BYTE."""
     if tensor is None:
         return
-    if tensor.dtype in (torch.int32, torch.int64):
+    if tensor.dtype in (torch.int32, torch.int64) and not as_bytes:
         tensor.fill_(POISON_INT)
-    else:
-        tensor.view(torch.uint8).fill_(POISON_BYTE)
+        return
+    if tensor.stride(-1) != 1:  # column-major scales
+        tensor = tensor.transpose(-1, -2)
+    tensor.view(torch.uint8).fill_(POISON_BYTE)
 
 
 def random_config(
@@ -95,7 +99,13 @@ def random_input(
     if _below(rng, 2):
         idx = idx.int()
     weights = torch.rand((rows, config.topk), generator=rng) * 2 - 0.5
-    return RankInput(random_rows(rng, rows, config.hidden), idx, weights, num_tokens)
+    if config.dispatch_format != "opaque":
+        return RankInput(random_rows(rng, rows, config.hidden), idx, weights, num_tokens)
+    x = torch.randint(256, (rows, config.opaque_row_bytes), generator=rng, dtype=torch.uint8)
+    words, scales = config.opaque_scale_words, None
+    if words:
+        scales = torch.randint(-(2**31), 2**31, (rows, words), generator=rng, dtype=torch.int32)
+    return RankInput(x, idx, weights, num_tokens, scales)
 
 
 def random_inputs(
@@ -109,11 +119,16 @@ def random_inputs(
     return inputs
 
 
-def random_outputs(rng: torch.Generator, expected: list[Expected]) -> list[torch.Tensor]:
-    """Expert results in the shape of x: random where a row is defined, else NaN."""
+def random_outputs(
+    rng: torch.Generator, expected: list[Expected], hidden: int | None = None
+) -> list[torch.Tensor]:
+    """Expert results in the shape of x: random where a row is defined, else NaN.
+
+    hidden: their channels, where rows of x are opaque bytes.
+    """
     outputs = []
     for one in expected:
-        y = random_rows(rng, *one.x.shape)
+        y = random_rows(rng, *one.x.shape[:-1], one.x.shape[-1] if hidden is None else hidden)
         y[~one.valid] = float("nan")
         outputs.append(y)
     return outputs
@@ -123,7 +138,7 @@ def check_received(got: list[Snapshot], expected: list[Expected]) -> None:
     """Every rank received exactly the expected bits, and nothing was written beside them."""
     for rank, (mine, right) in enumerate(zip(got, expected, strict=True)):
         where = f"rank {rank}"
-        for name in ("num_messages", "recv_count", "expert_offset", "topk_idx"):
+        for name in ("num_messages", "recv_count", "expert_offset", "topk_idx", "layout_range"):
             value, wanted = getattr(mine, name), getattr(right, name)
             assert (value is None) == (wanted is None), f"{where}: {name}"
             if wanted is not None:
@@ -132,7 +147,12 @@ def check_received(got: list[Snapshot], expected: list[Expected]) -> None:
         _check_rows(f"{where}: x", mine.x, right.x, right.valid)
         assert (mine.scales is None) == (right.scales is None)
         if mine.scales is not None and right.scales is not None:
+            assert mine.scales.dtype == right.scales.dtype
             _check_rows(f"{where}: scales", mine.scales, right.scales, right.valid)
+        assert (mine.source_token is None) == (right.source_token is None)
+        if mine.source_token is not None and right.source_token is not None:
+            tokens, wanted = mine.source_token[..., None], right.source_token[..., None]
+            _check_rows(f"{where}: source_token", tokens, wanted, right.valid)
         if mine.topk_weights is not None and right.topk_weights is not None:
             _check_bits(f"{where}: weights", mine.topk_weights, right.topk_weights, right.valid)
 

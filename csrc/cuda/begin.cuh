@@ -31,14 +31,13 @@ __device__ __forceinline__ uint64_t begin(const Args& args, Op op) {
     if (view.starts_early) fetch_arguments(args);
     ptx::await_previous_kernel();
     ptx::allow_next_kernel();
-    const uint64_t epoch = op == Op::kDispatch ? view.state->combined + 1 : view.state->dispatched;
+    const ChainState& state = *view.state;
+    const uint64_t epoch = (op == Op::kDispatch ? state.dispatched : state.combined) + 1;
     if (blockIdx.x == 0 && threadIdx.x == kThreads - 1) {
         const uint64_t word = ptx::load_relaxed_sys(abort_word(view, view.rank));
         if (word != 0) record_abort(view, op, word);
     }
     return epoch;
 }
-
-__device__ __forceinline__ bool reports() { return blockIdx.x == 0 && threadIdx.x == 0; }
 
 }  // namespace ep

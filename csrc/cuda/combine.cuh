@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/kernels.h"
+#include "cuda/late_weights.cuh"
 #include "cuda/lines.cuh"
 #include "ep/fp8.h"
 
@@ -16,6 +17,8 @@ namespace ep {
 // worked out by the receive. The inbox lets the caller reuse y between the send and the receive;
 // without it there is less to move.
 enum class OwnRows { kThroughInbox, kDirect };
+// When weights came: with the dispatch, or with this combine (late_weights.cuh).
+enum class Weights { kKnown, kLate };
 
 // Eight channels' sums: two granules of four.
 struct Sum8 {
@@ -56,97 +59,152 @@ struct Place {
     }
 };
 
-__device__ __noinline__ inline void check_combine_order(const View& view) {
-    const ChainState& state = *view.state;
-    if (state.dispatched == state.combined + 1) return;
-    fail(view, FaultCode::kSequence, Op::kCombine, -1, state.combined + 1, state.dispatched);
-}
+// Some entries of a message's list of rows; those behind its end have no row.
+struct RefBatch {
+    static constexpr int kSize = 4;
+    RowRef ref[kSize];
 
-// The weighted sum of a message's rows, four rows in flight.
-__device__ __forceinline__ Sum8 reduce_rows(const View& view, const CombineInput& in,
-                                            const RowRef* refs, const Place& place) {
-    constexpr int kInFlight = 4;
-    Sum8 sum;
-    bool more = true;
-#pragma unroll 1
-    for (int k = 0; k < view.topk && more; k += kInFlight) {
-        RowRef ref[kInFlight];
-        ptx::Vector x[kInFlight] = {};
+    __device__ __forceinline__ void load(const View& view, const RowRef* refs, int k) {
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
+        for (int j = 0; j < kSize; ++j) {
             ref[j] = k + j < view.topk ? refs[k + j] : RowRef{-1, 0.0f};
         }
-#pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-            more = more && ref[j].row >= 0;
-            if (!more) ref[j].row = -1;
-            const auto* row = reinterpret_cast<const uint64_t*>(in.y + ref[j].row * in.row_stride) +
-                              place.granule;
-            if (more && place.has_lo) x[j].lo = row[0];
-            if (more && place.has_hi) x[j].hi = row[1];
-        }
-#pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-            if (ref[j].row >= 0) sum.add(ref[j].weight, x[j]);
-        }
     }
-    return sum;
+};
+
+// Adds the rows of a batch. False: the list ended in it.
+template <class Weight>
+__device__ __forceinline__ bool add_rows(const CombineInput& in, RefBatch batch, const Place& place,
+                                         Weight weight, Sum8& sum) {
+    ptx::Vector x[RefBatch::kSize] = {};
+    bool more = true;
+#pragma unroll
+    for (int j = 0; j < RefBatch::kSize; ++j) {
+        more = more && batch.ref[j].row >= 0;
+        if (!more) batch.ref[j].row = -1;
+        const auto* row =
+            reinterpret_cast<const uint64_t*>(in.y + batch.ref[j].row * in.row_stride) +
+            place.granule;
+        if (more && place.has_lo) x[j].lo = row[0];
+        if (more && place.has_hi) x[j].hi = row[1];
+    }
+#pragma unroll
+    for (int j = 0; j < RefBatch::kSize; ++j) {
+        if (batch.ref[j].row >= 0) sum.add(weight(batch.ref[j]), x[j]);
+    }
+    return more;
 }
 
-__device__ __forceinline__ const RowRef* refs_of(const View& view, int source, int slot) {
-    return view.refs + static_cast<int64_t>(source * view.max_tokens + slot) * view.topk;
+// The weighted sum of a message's rows. `batch`: the first of the list, already loaded.
+template <class Weight>
+__device__ __forceinline__ Sum8 reduce_rows(const View& view, const CombineInput& in,
+                                            const RowRef* refs, RefBatch batch, const Place& place,
+                                            Weight weight) {
+    Sum8 sum;
+#pragma unroll 1
+    for (int k = RefBatch::kSize;; k += RefBatch::kSize) {
+        if (!add_rows(in, batch, place, weight, sum) || k >= view.topk) return sum;
+        batch.load(view, refs, k);
+    }
 }
 
-// Most messages of one source in the last dispatch. Whole warps.
-__device__ __forceinline__ int most_received(const View& view) {
+__device__ __forceinline__ const RowRef* refs_of(const View& view, const CombineInput& in,
+                                                 int source, int slot) {
+    return in.routing.refs + static_cast<int64_t>(source * view.max_tokens + slot) * view.topk;
+}
+
+struct KnownWeight {
+    __device__ __forceinline__ float operator()(const RowRef& ref) const { return ref.weight; }
+};
+
+// Most messages of one source in the handle's dispatch. Whole warps.
+__device__ __forceinline__ int most_received(const View& view, const Routing& routing) {
     int most = 0;
 #pragma unroll 1
-    for (int s = threadIdx.x & 31; s < view.num_ranks; s += 32) most = max(most, view.received[s]);
+    for (int s = threadIdx.x & 31; s < view.num_ranks; s += 32) {
+        most = max(most, routing.received[s]);
+    }
     return __reduce_max_sync(kFullWarp, most);
 }
 
 // The parts of all messages, slot by slot; within a slot, the sources in turn.
-template <OwnRows kOwn>
-struct SendItems {
-    static __device__ __forceinline__ int slot_of(const View& view, int item) {
-        return kOwn == OwnRows::kDirect ? view.by_remote_items(item) : view.by_slot_items(item);
-    }
-    static __device__ __forceinline__ int sources(const View& view) {
-        return kOwn == OwnRows::kDirect ? view.num_ranks - 1 : view.num_ranks;
+struct SendItem {
+    int slot;
+    int source;
+    int part;
+
+    template <OwnRows kOwn>
+    static __device__ __forceinline__ SendItem of(const View& view, int item) {
+        constexpr bool kDirect = kOwn == OwnRows::kDirect;
+        const int slot = kDirect ? view.by_remote_items(item) : view.by_slot_items(item);
+        const int sources = kDirect ? view.num_ranks - 1 : view.num_ranks;
+        const int within = item - slot * sources * view.parts;
+        const int source = view.by_parts(within);
+        const bool past_us = kDirect && source >= view.rank;
+        return {slot, past_us ? source + 1 : source, within - source * view.parts};
     }
 };
 
+// This thread's vector of a message's sum. Whole warps; false: gave up.
+template <Weights kWeights>
+__device__ __forceinline__ bool sum_message(const View& view, const CombineInput& in, Watch& watch,
+                                            int source, int slot, const RefBatch& batch,
+                                            const Place& place, uint64_t epoch, ptx::Vector& sum) {
+    const RowRef* refs = refs_of(view, in, source, slot);
+    if constexpr (kWeights == Weights::kKnown) {
+        sum = reduce_rows(view, in, refs, batch, place, KnownWeight{}).vector();
+    } else {
+        LateWeights late{};
+        if (!late.load(view, in, watch, source, slot, epoch)) return false;
+        sum = reduce_rows(view, in, refs, batch, place, late).vector();
+    }
+    return true;
+}
+
 // Adds up one part of one message and sends it. Pairs with gather_vector at the message's source.
-template <OwnRows kOwn>
-__device__ __forceinline__ void send_item(const View& view, const CombineInput& in, int item,
-                                          int slot, uint64_t epoch) {
-    const int within = item - slot * SendItems<kOwn>::sources(view) * view.parts;
-    int source = view.by_parts(within);
-    const Place place = Place::of(view, within - source * view.parts);
-    if (kOwn == OwnRows::kDirect && source >= view.rank) ++source;
-    if (slot >= view.received[source] || place.vector < 0) return;
-    ptx::Vector out = reduce_rows(view, in, refs_of(view, source, slot), place).vector();
+// Whole warps; false: gave up.
+template <Weights kWeights>
+__device__ __forceinline__ bool send_item(const View& view, const CombineInput& in, Watch& watch,
+                                          const SendItem& item, uint64_t epoch) {
+    // Asked for together; whether the message exists is known when both are here.
+    RefBatch batch;
+    batch.load(view, refs_of(view, in, item.source, item.slot), 0);
+    if (item.slot >= in.routing.received[item.source]) return true;
+    const Place place = Place::of(view, item.part);
+    ptx::Vector out{};
+    if (!sum_message<kWeights>(view, in, watch, item.source, item.slot, batch, place, epoch, out)) {
+        return false;
+    }
     if (holds_tag(place.vector)) out.hi = epoch;
-    uint8_t* to = view.peer[source] + view.combine_out +
-                  static_cast<int64_t>(slot) * view.combine_stride + 16 * place.vector;
-    ptx::store_line_vector(to, out);
+    uint8_t* to = view.peer[item.source] + view.combine_out + view.combine_at(epoch) +
+                  static_cast<int64_t>(item.slot) * view.combine_stride + 16 * place.vector;
+    if (place.vector >= 0) ptx::store_line_vector(to, out);
+    return true;
 }
 
 // One vector of the token's row: waits for it from every rank the token went to, and adds in rank
 // order. Whole warps; false: gave up.
-template <int kInFlight, OwnRows kOwn>
+template <int kInFlight, OwnRows kOwn, Weights kWeights>
 __device__ __forceinline__ bool gather_vector(const View& view, const CombineInput& in,
-                                              Watch& watch, int token, const Place& place,
-                                              uint64_t epoch, Sum8& sum) {
-    const int32_t* sent = view.sent + token * view.num_ranks;
+                                              Watch& watch, const int32_t* sent_to, int token,
+                                              const Place& place, uint64_t epoch, Sum8& sum) {
+    const int32_t* sent = sent_to + token * view.num_ranks;
+    const uint8_t* inbox = view.combine_in + view.combine_at(epoch);
     const bool wanted = place.vector >= 0;
     ptx::Vector mine{};
     bool has_own = false;
     if (kOwn == OwnRows::kDirect) {
         const int slot = sent[view.rank];
         has_own = slot >= 0 && wanted;
-        // Rounded as if it had travelled.
-        if (has_own) mine = reduce_rows(view, in, refs_of(view, view.rank, slot), place).vector();
+        if (slot >= 0) {
+            RefBatch batch;
+            batch.load(view, refs_of(view, in, view.rank, slot), 0);
+            // Rounded as if it had travelled.
+            if (!sum_message<kWeights>(view, in, watch, view.rank, slot, batch, place, epoch,
+                                       mine)) {
+                return false;
+            }
+        }
     }
 #pragma unroll 1
     for (int base = 0; base < view.num_ranks; base += kInFlight) {
@@ -160,7 +218,7 @@ __device__ __forceinline__ bool gather_vector(const View& view, const CombineInp
             const int slot = r < view.num_ranks && !direct ? sent[r] : -1;
             const int64_t at =
                 static_cast<int64_t>(r * view.max_tokens + slot) * view.combine_stride;
-            from[j] = slot >= 0 && wanted ? view.combine_in + at + 16 * place.vector : nullptr;
+            from[j] = slot >= 0 && wanted ? inbox + at + 16 * place.vector : nullptr;
             peers[j] = r;
         }
         const bool tag_lane = holds_tag(place.vector);
@@ -175,14 +233,14 @@ __device__ __forceinline__ bool gather_vector(const View& view, const CombineInp
 }
 
 // Adds up one part of one token. Padding rows and tokens without experts become zeros.
-template <int kInFlight, OwnRows kOwn>
+template <int kInFlight, OwnRows kOwn, Weights kWeights>
 __device__ __forceinline__ bool recv_item(const View& view, const CombineInput& in,
-                                          const CombineOutput& out, Watch& watch, int item,
+                                          const CombineOutput& out, Watch& watch, int part,
                                           int token, int valid, uint64_t epoch) {
-    const Place place = Place::of(view, item - token * view.parts);
+    const Place place = Place::of(view, part);
     Sum8 sum;
-    if (token < valid &&
-        !gather_vector<kInFlight, kOwn>(view, in, watch, token, place, epoch, sum)) {
+    if (token < valid && !gather_vector<kInFlight, kOwn, kWeights>(
+                             view, in, watch, out.routing.sent, token, place, epoch, sum)) {
         return false;
     }
     auto* row = reinterpret_cast<uint64_t*>(out.out + static_cast<int64_t>(token) * view.hidden) +
@@ -190,93 +248,6 @@ __device__ __forceinline__ bool recv_item(const View& view, const CombineInput& 
     if (place.has_lo) row[0] = sum.granule(0);
     if (place.has_hi) row[1] = sum.granule(1);
     return true;
-}
-
-struct CombineTokens {
-    int rows;  // of the output
-    int valid;  // that were dispatched
-};
-
-__device__ __forceinline__ CombineTokens combine_tokens(const View& view,
-                                                        const CombineOutput& out) {
-    const int rows = min(out.num_tokens, view.max_tokens);
-    return {rows, out.num_valid == nullptr ? rows : min(rows, *out.num_valid)};
-}
-
-__device__ __forceinline__ void note_combined(const View& view) {
-    uint64_t messages = 0;
-#pragma unroll 1
-    for (int s = 0; s < view.num_ranks; ++s) messages += view.received[s];
-    view.stats->bytes_combined += 2ULL * view.hidden * messages;
-}
-
-// The halves apart, each by the whole grid. Warps of a receive that gave up leave one by one: no
-// barrier follows. The epoch still advances, and the abort word stops whatever comes next.
-__device__ __forceinline__ void combine_send(const View& view, const CombineInput& in,
-                                             uint64_t epoch) {
-    constexpr OwnRows kOwn = OwnRows::kThroughInbox;
-    const int most = most_received(view);
-#pragma unroll 1
-    for (int item = blockIdx.x;; item += gridDim.x) {
-        const int slot = SendItems<kOwn>::slot_of(view, item);
-        if (slot >= most) break;
-        send_item<kOwn>(view, in, item, slot, epoch);
-    }
-    if (blockIdx.x == 0 && threadIdx.x == 0) note_combined(view);
-}
-
-template <int kInFlight>
-__device__ __forceinline__ void combine_recv(const View& view, const CombineOutput& out,
-                                             uint64_t epoch) {
-    const CombineTokens tokens = combine_tokens(view, out);
-    Watch watch{view, Op::kCombine};
-#pragma unroll 1
-    for (int item = blockIdx.x;; item += gridDim.x) {
-        const int token = view.by_parts(item);
-        if (token >= tokens.rows) break;
-        if (!recv_item<kInFlight, OwnRows::kThroughInbox>(view, {}, out, watch, item, token,
-                                                          tokens.valid, epoch)) {
-            break;
-        }
-    }
-    if (blockIdx.x == 0 && threadIdx.x == 0) view.state->combined = epoch;
-}
-
-// Both halves at once. A CTA takes up token t only when its own sends for slots up to t are done,
-// so by induction over slot numbers every send is reached; `lag` leaves the rows time to arrive.
-template <int kInFlight>
-__device__ __forceinline__ void combine_both(const View& view, const CombineInput& in,
-                                             const CombineOutput& out, uint64_t epoch) {
-    constexpr OwnRows kOwn = OwnRows::kDirect;
-    const int most = view.num_ranks > 1 ? most_received(view) : 0;
-    const CombineTokens tokens = combine_tokens(view, out);
-    const int lag = view.by_parts(gridDim.x);
-    Watch watch{view, Op::kCombine};
-    int to_send = blockIdx.x;
-    int to_recv = blockIdx.x;
-#pragma unroll 1
-    while (true) {
-        const int slot = SendItems<kOwn>::slot_of(view, to_send);
-        const int token = view.by_parts(to_recv);
-        const bool sends = slot < most;
-        const bool receives = token < tokens.rows;
-        if (sends && (!receives || slot <= token + lag)) {
-            send_item<kOwn>(view, in, to_send, slot, epoch);
-            to_send += gridDim.x;
-        } else if (receives) {
-            if (!recv_item<kInFlight, kOwn>(view, in, out, watch, to_recv, token, tokens.valid,
-                                            epoch)) {
-                break;
-            }
-            to_recv += gridDim.x;
-        } else {
-            break;
-        }
-    }
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-        note_combined(view);
-        view.state->combined = epoch;  // the next dispatch reads it, a kernel boundary later
-    }
 }
 
 }  // namespace ep

@@ -38,8 +38,13 @@ __device__ __forceinline__ int32_t checked_count(const View& view, int source, u
 }
 
 // All counts messages into shared memory. Each warp takes 32 vectors of one source at a time, and
-// publishes the number of messages for the warps that already wait for rows. False: gave up.
-__device__ inline bool pull_counts(const View& view, uint64_t epoch, RecvScratch scratch) {
+// publishes the number of messages for the warps that already wait for rows. `meanwhile` runs once,
+// between the first arrival (or at once, in warps with nothing to pull) and what follows from it.
+// False: gave up.
+template <class Meanwhile>
+__device__ __forceinline__ bool pull_counts(const View& view, const RecvTarget& target,
+                                            uint64_t epoch, RecvScratch scratch,
+                                            Meanwhile meanwhile) {
     const int local_experts = view.local_experts;
     const int num_vectors = view.counts_vectors;
     const uint8_t* slots = view.counts_in + (epoch & 1) * view.num_ranks * view.counts_stride;
@@ -47,6 +52,7 @@ __device__ inline bool pull_counts(const View& view, uint64_t epoch, RecvScratch
     const int lane = threadIdx.x & 31;
     const uint64_t start = blockIdx.x == 0 ? ptx::global_timer_ns() : 0;
     Watch watch{view, Op::kDispatch};
+    bool told = false;
 #pragma unroll 1
     for (int source = 0, task = threadIdx.x / 32; task < view.num_ranks * chunks;
          task += kThreads / 32) {
@@ -57,8 +63,12 @@ __device__ inline bool pull_counts(const View& view, uint64_t epoch, RecvScratch
         const int peers[1] = {source};
         ptx::Vector v[1];
         if (!await_vectors<1>(watch, from, peers, holds_tag(lane), epoch, v)) return false;
+        if (!told) meanwhile();
+        told = true;
         if (blockIdx.x == 0 && i == 0) {
-            view.stats->wait_ns[source] = ptx::global_timer_ns() - start;
+            const uint64_t waited = ptx::global_timer_ns() - start;
+            view.stats->wait_ns[source] = waited;
+            if (target.wait_ns != nullptr) target.wait_ns[source] += waited;
         }
         if (from[0] == nullptr) continue;
         const auto put = [&](int g, uint64_t granule) {
@@ -76,6 +86,7 @@ __device__ inline bool pull_counts(const View& view, uint64_t epoch, RecvScratch
         put(first_granule(i), v[0].lo);
         if (!holds_tag(i)) put(first_granule(i) + 1, v[0].hi);
     }
+    if (!told) meanwhile();
     return true;
 }
 
@@ -86,7 +97,19 @@ __device__ __forceinline__ int32_t messages_so_far(int source, RecvScratch scrat
     return __shfl_sync(kFullWarp, n, 0);
 }
 
-// CTA 0 tells the caller what came, and the others need it only for `contiguous`: first rows.
+// Batched: which rows of local expert x came from which source.
+__device__ __noinline__ inline void note_ranges(const View& view, const RecvTarget& target, int x,
+                                                RecvScratch scratch) {
+    int64_t first = 0;
+#pragma unroll 1
+    for (int s = 0; s < view.num_ranks; ++s) {
+        const int32_t rows = scratch.rows[s * view.local_experts + x];
+        target.layout_range[x * view.num_ranks + s] = (first << 32) | rows;
+        first += rows;
+    }
+}
+
+// CTA 0 tells the caller what came.
 __device__ inline void report_counts(const View& view, const RecvTarget& target,
                                      RecvScratch scratch) {
     const int local_experts = view.local_experts;
@@ -96,17 +119,19 @@ __device__ inline void report_counts(const View& view, const RecvTarget& target,
 #pragma unroll 1
         for (int s = 0; s < view.num_ranks; ++s) sum += scratch.rows[s * local_experts + x];
         target.recv_count[x] = sum;
+        if (target.cumulative_count != nullptr) target.cumulative_count[x] += sum;
+        if (target.layout_range != nullptr) note_ranges(view, target, x, scratch);
     }
 #pragma unroll 1
     for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
-        view.received[s] = scratch.messages[s];
+        target.routing.received[s] = scratch.messages[s];
         target.num_messages[s] = scratch.messages[s];
     }
 }
 
 // Contiguous: the first row of every expert, each a multiple of the alignment. Synchronises.
-__device__ inline void place_experts(const View& view, const RecvTarget& target,
-                                     RecvScratch scratch) {
+__device__ __noinline__ inline void place_experts(const View& view, const RecvTarget& target,
+                                                  RecvScratch scratch) {
     const int local_experts = view.local_experts;
     const int lane = threadIdx.x & 31;
     if (threadIdx.x < 32) {

@@ -10,26 +10,14 @@
 namespace ep {
 namespace {
 
-DispatchKernels dispatch_kernels(const Shape& shape) {
-    return shape.wire == Wire::kFp8 ? fp8_dispatch_kernels(shape.hidden)
-                                    : bf16_dispatch_kernels(shape.hidden);
+DispatchKernels dispatch_kernels(const View& view, Wire wire) {
+    return wire == Wire::kFp8 ? fp8_dispatch_kernels(view.input_vectors)
+                              : plain_dispatch_kernels(view.input_vectors);
 }
 
-const void* kernel_of(int kernel, const Shape& shape) {
-    switch (kernel) {
-        case 0:
-            return reinterpret_cast<const void*>(dispatch_kernels(shape).send);
-        case 1:
-            return reinterpret_cast<const void*>(dispatch_recv_kernel_ptr());
-        case 2:
-            return reinterpret_cast<const void*>(dispatch_kernels(shape).fused);
-        case 3:
-            return reinterpret_cast<const void*>(combine_kernels().send);
-        case 4:
-            return reinterpret_cast<const void*>(combine_kernels().recv);
-        default:
-            return reinterpret_cast<const void*>(combine_kernels().fused);
-    }
+template <class Args>
+const void* address(void (*kernel)(Args)) {
+    return reinterpret_cast<const void*>(kernel);
 }
 
 struct Launch {
@@ -87,105 +75,145 @@ CudaRank::CudaRank(const Shape& shape, int rank, const std::vector<std::uintptr_
     for (int r = 0; r < shape.num_ranks; ++r) ctx_.heap[r] = reinterpret_cast<uint8_t*>(heaps[r]);
 
     const DeviceGuard guard(options.device);
-    for (int c = 0; c < shape.num_chains; ++c) {
-        views_.push_back(View::make(ctx_, c));
-        views_.back().starts_early = options.pdl;
-    }
-    const int64_t send = send_scratch_bytes(views_[0]);
-    const int64_t recv = recv_scratch_bytes(views_[0]);
-    scratch_ = {send, recv, std::max(send, recv), 0, 0, 0};
     int num_sms = 0;
     EP_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, options.device));
     if (options.num_sms > 0) num_sms = std::min(num_sms, options.num_sms);
-    for (int k = 0; k < kNumKernels; ++k) {
-        int per_sm = 0;
-        cudaFuncAttributes
-            loaded{};  // asking for it loads the kernel: no lazy load while a peer spins
-        EP_CUDA(cudaFuncGetAttributes(&loaded, kernel_of(k, shape)));
-        EP_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-            &per_sm, kernel_of(k, shape), kThreads, static_cast<size_t>(scratch_[k])));
-        resident_[k] = std::max(1, per_sm * num_sms);
+    for (int w = 0; w < kNumWires; ++w) {
+        if (shape.allows(static_cast<Wire>(w))) prepare(static_cast<Wire>(w), num_sms);
     }
+}
+
+// Views and launch limits of one wire format; loads its kernels: no lazy load while a peer spins.
+void CudaRank::prepare(Wire wire, int num_sms) {
+    const auto w = static_cast<size_t>(wire);
+    std::vector<View>& views = views_[w];
+    for (int c = 0; c < ctx_.shape.num_chains; ++c) {
+        views.push_back(View::make(ctx_, c, wire));
+        views.back().starts_early = options_.pdl;
+    }
+    const int64_t send = send_scratch_bytes(views[0]);
+    const int64_t recv = recv_scratch_bytes(views[0]);
+    const DispatchKernels dispatch = dispatch_kernels(views[0], wire);
+    const CombineKernels known = combine_kernels(ctx_.shape.num_ranks, false);
+    const CombineKernels late = combine_kernels(ctx_.shape.num_ranks, true);
+    const auto load = [&](Kernel k, const void* kernel, int64_t scratch) {
+        int per_sm = 0;
+        cudaFuncAttributes loaded{};
+        EP_CUDA(cudaFuncGetAttributes(&loaded, kernel));
+        EP_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads,
+                                                              static_cast<size_t>(scratch)));
+        room_[w][k] = {std::max(1, per_sm * num_sms), scratch};
+    };
+    load(kDispatchSend, address(dispatch.send), send);
+    load(kDispatchRecv, address(dispatch_recv_kernel_ptr()), recv);
+    load(kDispatchFused, address(dispatch.fused), std::max(send, recv));
+    load(kCombineSend, address(known.send), 0);
+    load(kCombineRecv, address(known.recv), 0);
+    load(kCombineFused, address(known.fused), 0);
+    load(kCombineOnce, address(known.once), 0);
+    load(kLateSend, address(late.send), 0);
+    load(kLateFused, address(late.fused), 0);
+    load(kLateOnce, address(late.once), 0);
 }
 
 int CudaRank::expected_tokens(int expected) const {
     return expected > 0 ? std::min(expected, ctx_.shape.max_tokens) : ctx_.shape.max_tokens;
 }
 
-int CudaRank::combine_parts() const { return views_[0].parts; }
+int CudaRank::combine_parts() const { return view(0, ctx_.shape.wire).parts; }
 
 // CTA 0 announces, the others send a stretch of tokens each.
 static int stretch_of(int num_tokens, int grid) {
     return static_cast<int>(std::max<int64_t>(1, ceil_div(num_tokens, grid - 1)));
 }
 
-const View& CudaRank::view(int chain) const {
+const View& CudaRank::view(int chain, Wire wire) const {
     if (chain < 0 || chain >= ctx_.shape.num_chains) throw std::invalid_argument("no such chain");
-    return views_[static_cast<size_t>(chain)];
+    const auto w = static_cast<size_t>(wire);
+    if (w >= views_.size() || views_[w].empty()) {
+        throw std::invalid_argument("a wire format that the shape has no room for");
+    }
+    return views_[w][static_cast<size_t>(chain)];
+}
+
+const CudaRank::Room& CudaRank::room(Kernel kernel, Wire wire) const {
+    return room_[static_cast<size_t>(wire)][kernel];
 }
 
 void CudaRank::dispatch_send(int chain, const SendInput& in, StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
-    const int grid = 1 + grid_for(in.num_tokens, resident_[kDispatchSend] - 1);
-    launch(dispatch_kernels(ctx_.shape).send, {grid, scratch_[kDispatchSend], stream, options_.pdl},
-           DispatchSendArgs{
-               .in = in, .stretch = stretch_of(in.num_tokens, grid), .view = view(chain)});
+    const View& v = view(chain, in.wire);
+    const Room& r = room(kDispatchSend, in.wire);
+    const int grid = 1 + grid_for(in.num_tokens, r.resident - 1);
+    launch(dispatch_kernels(v, in.wire).send, {grid, r.scratch, stream, options_.pdl},
+           DispatchSendArgs{.in = in, .stretch = stretch_of(in.num_tokens, grid), .view = v});
 }
 
 void CudaRank::dispatch_recv(int chain, const RecvTarget& target, int expected,
                              StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
     const int64_t messages = static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected);
-    const int grid = grid_for(messages, resident_[kDispatchRecv]);
-    launch(dispatch_recv_kernel_ptr(), {grid, scratch_[kDispatchRecv], stream, options_.pdl},
-           DispatchRecvArgs{.target = target, .view = view(chain)});
+    const View& v = view(chain, target.wire);
+    const Room& r = room(kDispatchRecv, target.wire);
+    // CTA 0 keeps the books.
+    const int grid = 1 + grid_for(messages, r.resident - 1);
+    launch(dispatch_recv_kernel_ptr(), {grid, r.scratch, stream, options_.pdl},
+           DispatchRecvArgs{.target = target, .view = v});
 }
 
 void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& target,
                               int expected, StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
+    if (in.wire != target.wire) throw std::invalid_argument("a dispatch has one wire format");
     const int64_t messages = static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected);
     const int64_t wanted =
-        std::max<int64_t>({2, messages, 1 + static_cast<int64_t>(in.num_tokens)});
-    const int grid = grid_for(wanted, resident_[kDispatchFused]);
+        std::max<int64_t>({2, 1 + messages, 1 + static_cast<int64_t>(in.num_tokens)});
+    const View& v = view(chain, in.wire);
+    const Room& r = room(kDispatchFused, in.wire);
+    const int grid = grid_for(wanted, r.resident);
     if (grid < 2) throw CudaFailure("dispatch_fused needs two resident CTAs; allow more SMs");
-    launch(dispatch_kernels(ctx_.shape).fused,
-           {grid, scratch_[kDispatchFused], stream, options_.pdl},
-           DispatchFusedArgs{.in = in,
-                             .stretch = stretch_of(in.num_tokens, grid),
-                             .target = target,
-                             .view = view(chain)});
+    launch(dispatch_kernels(v, in.wire).fused, {grid, r.scratch, stream, options_.pdl},
+           DispatchFusedArgs{
+               .in = in, .stretch = stretch_of(in.num_tokens, grid), .target = target, .view = v});
 }
 
-void CudaRank::combine_send(int chain, const uint16_t* y, int64_t row_stride, int expected,
+void CudaRank::combine_send(int chain, const CombineInput& in, int expected,
                             StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
     const int64_t items =
         static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected) * combine_parts();
-    const int grid = grid_for(items, resident_[kCombineSend]);
-    launch(combine_kernels().send, {grid, scratch_[kCombineSend], stream, options_.pdl},
-           CombineSendArgs{.in = {y, row_stride}, .view = view(chain)});
+    const Wire wire = ctx_.shape.wire;
+    const int grid =
+        grid_for(items, room(in.late_weights ? kLateSend : kCombineSend, wire).resident);
+    launch(combine_kernels(ctx_.shape.num_ranks, in.late_weights).send,
+           {grid, 0, stream, options_.pdl}, CombineSendArgs{.in = in, .view = view(chain, wire)});
 }
 
-void CudaRank::combine_recv(int chain, uint16_t* out, int num_tokens, const int32_t* num_valid,
-                            StreamHandle stream) const {
+void CudaRank::combine_recv(int chain, const CombineOutput& out, StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
-    const int64_t items = static_cast<int64_t>(num_tokens) * combine_parts();
-    const int grid = grid_for(items, resident_[kCombineRecv]);
-    launch(combine_kernels().recv, {grid, scratch_[kCombineRecv], stream, options_.pdl},
-           CombineRecvArgs{.out = {out, num_tokens, num_valid}, .view = view(chain)});
+    const int64_t items = static_cast<int64_t>(out.num_tokens) * combine_parts();
+    const Wire wire = ctx_.shape.wire;
+    const int grid = grid_for(items, room(kCombineRecv, wire).resident);
+    launch(combine_kernels(ctx_.shape.num_ranks, false).recv, {grid, 0, stream, options_.pdl},
+           CombineRecvArgs{.out = out, .view = view(chain, wire)});
 }
 
-void CudaRank::combine_fused(int chain, const uint16_t* y, int64_t row_stride, uint16_t* out,
-                             int num_tokens, const int32_t* num_valid, int expected,
-                             StreamHandle stream) const {
+void CudaRank::combine_fused(int chain, const CombineInput& in, const CombineOutput& out,
+                             int expected, StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
     const int64_t others = std::max(1, ctx_.shape.num_ranks - 1);
-    const int64_t rows = std::max<int64_t>(num_tokens, others * expected_tokens(expected));
-    const int grid = grid_for(rows * combine_parts(), resident_[kCombineFused]);
-    launch(combine_kernels().fused, {grid, scratch_[kCombineFused], stream, options_.pdl},
-           CombineFusedArgs{
-               .in = {y, row_stride}, .out = {out, num_tokens, num_valid}, .view = view(chain)});
+    const int64_t rows = std::max<int64_t>(out.num_tokens, others * expected_tokens(expected));
+    const int64_t items = rows * combine_parts();
+    const Wire wire = ctx_.shape.wire;
+    const CombineFusedArgs args{.in = in, .out = out, .view = view(chain, wire)};
+    const CombineKernels kernels = combine_kernels(ctx_.shape.num_ranks, in.late_weights);
+    const int once = room(in.late_weights ? kLateOnce : kCombineOnce, wire).resident;
+    const int always = room(in.late_weights ? kLateFused : kCombineFused, wire).resident;
+    if (items <= once) {
+        launch(kernels.once, {grid_for(items, once), 0, stream, options_.pdl}, args);
+    } else {
+        launch(kernels.fused, {grid_for(items, always), 0, stream, options_.pdl}, args);
+    }
 }
 
 void CudaRank::set_time_budget(uint64_t nanoseconds) const {

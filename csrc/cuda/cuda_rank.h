@@ -30,12 +30,9 @@ class CudaRank {
                        StreamHandle stream) const;
     void dispatch_fused(int chain, const SendInput& in, const RecvTarget& target, int expected,
                         StreamHandle stream) const;
-    void combine_send(int chain, const uint16_t* y, int64_t row_stride, int expected,
-                      StreamHandle stream) const;
-    void combine_recv(int chain, uint16_t* out, int num_tokens, const int32_t* num_valid,
-                      StreamHandle stream) const;
-    void combine_fused(int chain, const uint16_t* y, int64_t row_stride, uint16_t* out,
-                       int num_tokens, const int32_t* num_valid, int expected,
+    void combine_send(int chain, const CombineInput& in, int expected, StreamHandle stream) const;
+    void combine_recv(int chain, const CombineOutput& out, StreamHandle stream) const;
+    void combine_fused(int chain, const CombineInput& in, const CombineOutput& out, int expected,
                        StreamHandle stream) const;
 
     // These synchronise; they are for tests, reports and recovery.
@@ -52,18 +49,28 @@ class CudaRank {
         kCombineSend,
         kCombineRecv,
         kCombineFused,
+        kCombineOnce,
+        kLateSend,  // of combines that bring their weights
+        kLateFused,
+        kLateOnce,
         kNumKernels
+    };
+    // What a launch of a kernel may use, for one wire format.
+    struct Room {
+        int resident;  // CTAs at once
+        int64_t scratch;  // bytes
     };
 
     int expected_tokens(int expected) const;
     int combine_parts() const;
-    const View& view(int chain) const;
+    const View& view(int chain, Wire wire) const;
+    const Room& room(Kernel kernel, Wire wire) const;
+    void prepare(Wire wire, int num_sms);
 
     Context ctx_{};
-    std::vector<View> views_;  // by chain
+    std::array<std::vector<View>, kNumWires> views_;  // by wire format, then chain
+    std::array<std::array<Room, kNumKernels>, kNumWires> room_{};
     Options options_{};
-    std::array<int, kNumKernels> resident_{};
-    std::array<int64_t, kNumKernels> scratch_{};
 };
 
 }  // namespace ep

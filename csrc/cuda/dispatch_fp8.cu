@@ -2,8 +2,8 @@
 
 namespace ep {
 
-DispatchKernels fp8_dispatch_kernels(int hidden) {
-    return dispatch_kernels_for<Wire::kFp8>(hidden);
+DispatchKernels fp8_dispatch_kernels(int input_vectors) {
+    return dispatch_kernels_for<true>(input_vectors);
 }
 
 }  // namespace ep

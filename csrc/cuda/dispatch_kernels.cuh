@@ -7,37 +7,36 @@
 
 namespace ep {
 
-template <Wire kWire, int kRowVectors>
+template <bool kQuantise, int kRowVectors>
 __global__ void __launch_bounds__(kThreads, 2)
     dispatch_send_kernel(const __grid_constant__ DispatchSendArgs a) {
     extern __shared__ __align__(16) uint8_t smem[];
     const uint64_t epoch = begin(a, Op::kDispatch);
-    if (reports()) check_dispatch_order(a.view);
-    dispatch_send<kWire, kRowVectors>(a.view, a.in, a.stretch, epoch, smem);
+    dispatch_send<kQuantise, kRowVectors>(a.view, a.in, a.stretch, epoch, smem);
 }
 
-template <Wire kWire, int kRowVectors>
+template <bool kQuantise, int kRowVectors>
 __global__ void __launch_bounds__(kThreads, 2)
     dispatch_fused_kernel(const __grid_constant__ DispatchFusedArgs a) {
     extern __shared__ __align__(16) uint8_t smem[];
     const uint64_t epoch = begin(a, Op::kDispatch);
-    if (reports()) check_dispatch_order(a.view);
-    dispatch_send<kWire, kRowVectors>(a.view, a.in, a.stretch, epoch, smem);
+    dispatch_send<kQuantise, kRowVectors>(a.view, a.in, a.stretch, epoch, smem);
     __syncthreads();  // the halves share the scratch memory
     dispatch_recv(a.view, a.target, epoch, smem);
 }
 
-template <Wire kWire, int kRowVectors>
+template <bool kQuantise, int kRowVectors>
 DispatchKernels kernels_of() {
-    return {dispatch_send_kernel<kWire, kRowVectors>, dispatch_fused_kernel<kWire, kRowVectors>};
+    return {dispatch_send_kernel<kQuantise, kRowVectors>,
+            dispatch_fused_kernel<kQuantise, kRowVectors>};
 }
 
-template <Wire kWire>
-DispatchKernels dispatch_kernels_for(int hidden) {
-    const auto vectors = ceil_div(hidden / 8, kStagingThreads);
-    if (vectors <= 1) return kernels_of<kWire, 1>();
-    if (vectors <= 2) return kernels_of<kWire, 2>();
-    return kernels_of<kWire, 5>();
+template <bool kQuantise>
+DispatchKernels dispatch_kernels_for(int input_vectors) {
+    const auto per_thread = ceil_div(input_vectors, kStagingThreads);
+    if (per_thread <= 1) return kernels_of<kQuantise, 1>();
+    if (per_thread <= 2) return kernels_of<kQuantise, 2>();
+    return kernels_of<kQuantise, 5>();
 }
 
 }  // namespace ep

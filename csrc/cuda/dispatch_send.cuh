@@ -35,13 +35,6 @@ __device__ __forceinline__ int valid_tokens(const View& view, const SendInput& i
     return in.num_valid == nullptr ? n : max(0, min(n, *in.num_valid));
 }
 
-// Refuses a second dispatch before the combine of the first.
-__device__ __noinline__ inline void check_dispatch_order(const View& view) {
-    const ChainState& state = *view.state;
-    if (state.dispatched == state.combined) return;
-    fail(view, FaultCode::kSequence, Op::kDispatch, -1, state.combined, state.dispatched);
-}
-
 // A pair of words of the counts message for one rank (csrc/ep/layout.h).
 __device__ __forceinline__ uint64_t counts_granule(const View& view, RouteCounts counts, int dst,
                                                    int g) {
@@ -57,7 +50,7 @@ __device__ __forceinline__ uint64_t counts_granule(const View& view, RouteCounts
 __device__ __forceinline__ void announce_counts(const View& view, const SendInput& in,
                                                 uint64_t epoch, int num_tokens,
                                                 SendScratch scratch) {
-    clear_counts(view, scratch.counts);
+    clear_counts(view, scratch.counts, threadIdx.x, kThreads);
     __syncthreads();
     count_tokens(view, in, num_tokens, scratch.counts);
     __syncthreads();
@@ -76,7 +69,7 @@ __device__ __forceinline__ void announce_counts(const View& view, const SendInpu
     const int padded = min(in.num_tokens, view.max_tokens) * view.num_ranks;
 #pragma unroll 1
     for (int i = num_tokens * view.num_ranks + threadIdx.x; i < padded; i += kThreads) {
-        view.sent[i] = -1;
+        in.routing.sent[i] = -1;
     }
     if (threadIdx.x == 0) {
         uint64_t messages = 0;
@@ -89,8 +82,8 @@ __device__ __forceinline__ void announce_counts(const View& view, const SendInpu
 
 // One warp, entry k at lane k: the header, and the token's slot at every rank; then counts the
 // token.
-__device__ __forceinline__ void route_token(const View& view, int token, int raw, float weight,
-                                            SendScratch scratch) {
+__device__ __forceinline__ void route_token(const View& view, const SendInput& in, int token,
+                                            int raw, float weight, SendScratch scratch) {
     const int lane = threadIdx.x & 31;
     const Choice c = check_choice(view, raw, 0);
     auto* bytes = reinterpret_cast<uint8_t*>(scratch.message);
@@ -107,7 +100,7 @@ __device__ __forceinline__ void route_token(const View& view, int token, int raw
     __syncwarp();
     if (c.leads_message) scratch.slots[c.rank] = scratch.counts.messages[c.rank]++;
     __syncwarp();
-    int32_t* sent = view.sent + token * view.num_ranks;
+    int32_t* sent = in.routing.sent + token * view.num_ranks;
 #pragma unroll 1
     for (int r = lane; r < view.num_ranks; r += 32) sent[r] = scratch.slots[r];
 
@@ -115,9 +108,47 @@ __device__ __forceinline__ void route_token(const View& view, int token, int raw
     if (dropped != 0 && lane == __ffs(dropped) - 1) record_routing(view, __popc(dropped), raw);
 }
 
+// The weight of lane k's entry. Where weights come with the combine, k itself: combine finds them
+// so.
+__device__ __forceinline__ float entry_weight(const SendInput& in, int64_t entry) {
+    const uint32_t k = threadIdx.x & 31;
+    return in.weights == nullptr ? bits_to_float(k) : in.weights[entry];
+}
+
+// One warp: the scales of an opaque row.
+__device__ __forceinline__ void stage_scales(const View& view, const SendInput& in, int token,
+                                             uint32_t* to) {
+    const uint32_t* from = in.scales + token * in.scale_row_stride;
+#pragma unroll 1
+    for (int g = threadIdx.x & 31; g < view.num_scales; g += 32) {
+        to[g] = from[g * in.scale_group_stride];
+    }
+}
+
+// Cuts the message in shared memory into lines and stores them to its slot at every rank it goes
+// to; all threads. Pairs with the receivers' polls of the tags. Starts with the next rank, so that
+// ranks do not all write to the same one at once.
+__device__ __forceinline__ void push_message(const View& view, SendScratch scratch, int64_t out,
+                                             uint64_t epoch) {
+#pragma unroll 1
+    for (int v = threadIdx.x; v < view.message_vectors; v += kThreads) {
+        const int g = first_granule(v);
+        const ptx::Vector vector{scratch.message[g], holds_tag(v) ? epoch : scratch.message[g + 1]};
+        int dst = view.rank;
+#pragma unroll 1
+        for (int j = 0; j < view.num_ranks; ++j) {
+            dst = dst + 1 < view.num_ranks ? dst + 1 : 0;
+            const int slot = scratch.slots[dst];
+            if (slot < 0) continue;
+            uint8_t* to = view.peer[dst] + out + static_cast<int64_t>(slot) * view.message_stride;
+            ptx::store_line_vector(to + 16 * v, vector);
+        }
+    }
+}
+
 // The other CTAs: a stretch of consecutive tokens each, so that what earlier tokens chose is
 // counted once. The last warp routes: with most hidden sizes it has the least of the row.
-template <Wire kWire, int kRowVectors>
+template <bool kQuantise, int kRowVectors>
 __device__ __forceinline__ void push_tokens(const View& view, const SendInput& in, uint64_t epoch,
                                             int num_tokens, int stretch, SendScratch scratch) {
     const int first = (static_cast<int>(blockIdx.x) - 1) * stretch;
@@ -129,51 +160,53 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
     const bool has_entry = routes && lane < view.topk;
     RowRegisters<kRowVectors> row;
     row.load(in.x + first * in.row_stride,
-             view.hidden);  // in flight while earlier tokens are counted
+             view.input_vectors);  // in flight while earlier tokens are counted
     int64_t entry = static_cast<int64_t>(first) * view.topk + lane;
     int raw = has_entry ? in.expert(entry) : -1;
-    float weight = has_entry ? in.weights[entry] : 0.0f;
+    float weight = has_entry ? entry_weight(in, entry) : 0.0f;
 
-    clear_counts(view, scratch.counts);
-    __syncthreads();
+    const int64_t out = view.dispatch_out + view.dispatch_at(epoch);
+
     if (first > 0) {
+        clear_counts(view, scratch.counts, threadIdx.x, kThreads);
+        __syncthreads();
         count_tokens(view, in, first, scratch.counts);
         __syncthreads();
+    } else if (routes) {  // nobody else needs them
+        clear_counts(view, scratch.counts, lane, 32);
+        __syncwarp();
     }
 #pragma unroll 1
     for (int t = first; t < last; ++t) {
         const bool more = t + 1 < last;
+        auto* bytes = reinterpret_cast<uint8_t*>(scratch.message);
         if (routes) {
-            route_token(view, t, raw, weight, scratch);
+            route_token(view, in, t, raw, weight, scratch);
             entry += view.topk;
             if (more && has_entry) {
                 raw = in.expert(entry);
-                weight = in.weights[entry];
+                weight = entry_weight(in, entry);
+            }
+            if (!kQuantise && view.num_scales > 0) {
+                stage_scales(view, in, t, reinterpret_cast<uint32_t*>(bytes + view.scales_offset));
             }
         } else {
-            auto* bytes = reinterpret_cast<uint8_t*>(scratch.message);
-            row.template stage<kWire>(bytes + view.row_offset,
-                                      reinterpret_cast<float*>(bytes + view.scales_offset),
-                                      view.hidden);
-            if (more) row.load(in.x + (t + 1) * in.row_stride, view.hidden);
+            if (kQuantise) {
+                row.stage_fp8(bytes + view.row_offset,
+                              reinterpret_cast<float*>(bytes + view.scales_offset),
+                              view.input_vectors, in.round_scale);
+            } else {
+                row.stage(bytes + view.row_offset, view.input_vectors);
+            }
+            if (more) row.load(in.x + (t + 1) * in.row_stride, view.input_vectors);
         }
         __syncthreads();
-        // Starts with the next rank, so that ranks do not all write to the same one at once.
-#pragma unroll 1
-        for (int j = 1; j <= view.num_ranks; ++j) {
-            const int next = view.rank + j;
-            const int dst = next < view.num_ranks ? next : next - view.num_ranks;
-            const int slot = scratch.slots[dst];
-            if (slot < 0) continue;
-            uint8_t* to = view.peer[dst] + view.dispatch_out +
-                          static_cast<int64_t>(slot) * view.message_stride;
-            push_message(to, scratch.message, view.message_vectors, epoch);
-        }
+        push_message(view, scratch, out, epoch);
         if (more) __syncthreads();  // the message buffer is free again
     }
 }
 
-template <Wire kWire, int kRowVectors>
+template <bool kQuantise, int kRowVectors>
 __device__ __forceinline__ void dispatch_send(const View& view, const SendInput& in, int stretch,
                                               uint64_t epoch, uint8_t* smem) {
     const SendScratch scratch = SendScratch::carve(smem, view);
@@ -181,7 +214,7 @@ __device__ __forceinline__ void dispatch_send(const View& view, const SendInput&
     if (blockIdx.x == 0) {
         announce_counts(view, in, epoch, num_tokens, scratch);
     } else {
-        push_tokens<kWire, kRowVectors>(view, in, epoch, num_tokens, stretch, scratch);
+        push_tokens<kQuantise, kRowVectors>(view, in, epoch, num_tokens, stretch, scratch);
     }
 }
 

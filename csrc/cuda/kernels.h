@@ -9,17 +9,6 @@
 
 namespace ep {
 
-struct CombineInput {
-    const uint16_t* y;  // rows as the receive laid them out, BF16
-    int64_t row_stride;  // elements
-};
-
-struct CombineOutput {
-    uint16_t* out;  // [T, H]
-    int32_t num_tokens;
-    const int32_t* num_valid;  // device scalar; nullptr: all rows are real
-};
-
 struct DispatchSendArgs {
     SendInput in;
     int32_t stretch;  // tokens of one CTA
@@ -49,14 +38,14 @@ struct CombineFusedArgs {
     View view;
 };
 
-// Dispatch kernels are compiled for a wire format and for the row vectors of a thread (1, 2 or 5:
-// hidden up to 3840, 7680, 16384).
+// Dispatch kernels are compiled for whether they quantise and for the row vectors of a thread (1, 2
+// or 5: rows of up to 480, 960 or 2400 vectors as the caller gives them).
 struct DispatchKernels {
     void (*send)(DispatchSendArgs);
     void (*fused)(DispatchFusedArgs);
 };
-DispatchKernels bf16_dispatch_kernels(int hidden);
-DispatchKernels fp8_dispatch_kernels(int hidden);
+DispatchKernels plain_dispatch_kernels(int input_vectors);
+DispatchKernels fp8_dispatch_kernels(int input_vectors);
 
 using RecvKernel = void (*)(DispatchRecvArgs);
 RecvKernel dispatch_recv_kernel_ptr();
@@ -65,8 +54,9 @@ struct CombineKernels {
     void (*send)(CombineSendArgs);
     void (*recv)(CombineRecvArgs);
     void (*fused)(CombineFusedArgs);
+    void (*once)(CombineFusedArgs);  // fused, where the grid has a CTA for every item
 };
-CombineKernels combine_kernels();
+CombineKernels combine_kernels(int num_ranks, bool late_weights);
 
 // Dynamic shared memory of the halves of dispatch; the fused kernel needs the larger.
 int send_scratch_bytes(const View& view);

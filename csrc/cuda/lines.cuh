@@ -57,16 +57,4 @@ __device__ __forceinline__ bool await_vectors(Watch& watch, const uint8_t* const
     }
 }
 
-// Cuts a message in shared memory into lines and stores it to one slot; all threads of the CTA.
-// The buffer is readable up to the end of its last line. Pairs with the receiver's poll of the
-// tags.
-__device__ __forceinline__ void push_message(uint8_t* slot, const uint64_t* granules,
-                                             int num_vectors, uint64_t tag) {
-#pragma unroll 1
-    for (int v = threadIdx.x; v < num_vectors; v += kThreads) {
-        const int g = first_granule(v);
-        ptx::store_line_vector(slot + 16 * v, {granules[g], holds_tag(v) ? tag : granules[g + 1]});
-    }
-}
-
 }  // namespace ep

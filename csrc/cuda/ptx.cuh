@@ -34,6 +34,92 @@ __device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* p) {
     asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
     return v;
 }
+
+// Words that say that something else is there: what was written before the release is visible after
+// the acquire that finds its value, on any GPU and on the host.
+__device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* p) {
+    uint64_t v;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_release_sys(uint64_t* p, uint64_t v) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+__device__ __forceinline__ void store_release_sys(int32_t* p, int32_t v) {
+    asm volatile("st.release.sys.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+// Each adder sees what earlier adders wrote before: release and acquire in one, for this GPU.
+__device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* p, uint32_t v) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(p), "r"(v)
+                 : "memory");
+    return before;
+}
+
+// Bulk copies: the copy engine of the SM moves them, in what PTX calls the async proxy. All
+// addresses and sizes are multiples of 16 bytes.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+// Between ordinary accesses and bulk copies that must not overtake them.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// A word in shared memory that counts a bulk load's bytes; one arrival a phase.
+__device__ __forceinline__ void init_arrival(uint64_t* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier))
+                 : "memory");
+}
+// Global to shared memory. Pairs with await_load of the same phase.
+__device__ __forceinline__ void start_load(void* to, const void* from, uint32_t bytes,
+                                           uint64_t* barrier) {
+    const uint32_t b = shared_address(barrier);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+        "[%3];" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(b)
+        : "memory");
+}
+// Waits until the load of the phase with this parity is there; acquires it. The SM's own work: no
+// peer can keep it from ending.
+__device__ __forceinline__ void await_load(uint64_t* barrier, uint32_t parity) {
+    const uint32_t b = shared_address(barrier);
+    uint32_t there = 0;
+    while (there == 0) {
+        asm volatile(
+            "{\n"
+            ".reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n"
+            "}"
+            : "=r"(there)
+            : "r"(b), "r"(parity)
+            : "memory");
+    }
+}
+// Shared to global memory, a peer's too. Stores belong to the thread's next commit_stores().
+__device__ __forceinline__ void start_store(void* to, const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+                 "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void commit_stores() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// All but the thread's last `kLeft` groups have been read from shared memory,
+template <int kLeft>
+__device__ __forceinline__ void await_stores_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kLeft) : "memory");
+}
+// or have been written: a release after it covers them.
+template <int kLeft>
+__device__ __forceinline__ void await_stores() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
 // Two floats to BF16, nearest even; `lo` in the low half.
 __device__ __forceinline__ uint32_t pack_bf16x2(float lo, float hi) {
     uint32_t out;
@@ -51,6 +137,18 @@ __device__ __forceinline__ uint64_t global_timer_ns() {
 // Keeps a load whose value nobody needs: the assembler cannot know that the sleep never comes.
 __device__ __forceinline__ void keep(int32_t value) {
     if (value == 0x7fc0de99) __nanosleep(1);
+}
+
+// Barrier 1 of the CTA, for a step that one warp waits for and the others only report: they do not
+// stop. `value` is there when they arrive.
+template <int kThreads>
+__device__ __forceinline__ void arrive_with(uint64_t value) {
+    keep(static_cast<int32_t>(value));
+    asm volatile("bar.arrive 1, %0;" ::"n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ __forceinline__ void await_arrivals() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
 // Programmatic dependent launch; both are no-ops in a kernel launched without it.

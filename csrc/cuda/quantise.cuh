@@ -42,33 +42,37 @@ template <int kRowVectors>
 struct RowRegisters {
     uint4 v[kRowVectors];
 
-    __device__ __forceinline__ void load(const uint16_t* row, int hidden) {
+    __device__ __forceinline__ void load(const uint8_t* row, int num_vectors) {
         const auto* from = reinterpret_cast<const uint4*>(row);
 #pragma unroll
         for (int j = 0; j < kRowVectors; ++j) {
             const int i = j * kStagingThreads + threadIdx.x;
-            v[j] = i < hidden / 8 ? from[i] : uint4{};
+            v[j] = i < num_vectors ? from[i] : uint4{};
         }
     }
 
-    // Into the row part of a message, and its scales.
-    template <Wire kWire>
-    __device__ __forceinline__ void stage(uint8_t* to, float* scales, int hidden) const {
-        float amax[kRowVectors];
-#pragma unroll
-        for (int j = 0; j < kRowVectors; ++j) {
-            amax[j] = kWire == Wire::kFp8 ? group_amax(v[j]) : 0.0f;
-        }
+    // Into the row part of a message as it is.
+    __device__ __forceinline__ void stage(uint8_t* to, int num_vectors) const {
 #pragma unroll
         for (int j = 0; j < kRowVectors; ++j) {
             const int i = j * kStagingThreads + threadIdx.x;
-            if (i >= hidden / 8) continue;
-            if (kWire == Wire::kBf16) {
-                reinterpret_cast<uint4*>(to)[i] = v[j];
-            } else {
-                reinterpret_cast<uint64_t*>(to)[i] = quantise(v[j], __fdiv_rn(kFp8Max, amax[j]));
-                if ((i & 15) == 0) scales[i / 16] = __fdiv_rn(amax[j], kFp8Max);
-            }
+            if (i < num_vectors) reinterpret_cast<uint4*>(to)[i] = v[j];
+        }
+    }
+
+    // As FP8, with its scales.
+    __device__ __forceinline__ void stage_fp8(uint8_t* to, float* scales, int num_vectors,
+                                              bool round_scale) const {
+        float amax[kRowVectors];
+#pragma unroll
+        for (int j = 0; j < kRowVectors; ++j) amax[j] = group_amax(v[j]);
+#pragma unroll
+        for (int j = 0; j < kRowVectors; ++j) {
+            const int i = j * kStagingThreads + threadIdx.x;
+            if (i >= num_vectors) continue;
+            const Fp8Scale scale = fp8_scale(amax[j], round_scale);
+            reinterpret_cast<uint64_t*>(to)[i] = quantise(v[j], scale.inverse);
+            if ((i & 15) == 0) scales[i / 16] = scale.scale;
         }
     }
 };

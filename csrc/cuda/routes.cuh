@@ -19,25 +19,26 @@ struct Choice {
     bool leads_message;  // first of the token's entries that goes to its rank
 };
 
-// What an entry (k of its token) learns from an earlier one of the same token.
+// What an entry (k of its token) learns from an earlier one of the same token. Both facts about an
+// entry travel in one word: its rank above, its expert below; -1 where the expert is out of range.
 struct EntryCheck {
     int raw;
     int rank;
-    bool in_range;
+    int key;
     bool repeated = false;
     bool follows = false;
 
-    __device__ __forceinline__ EntryCheck(const View& view, int raw_expert)
-        : raw(raw_expert), in_range(raw_expert >= 0 && raw_expert < view.num_experts) {
+    __device__ __forceinline__ EntryCheck(const View& view, int raw_expert) : raw(raw_expert) {
+        const bool in_range = raw >= 0 && raw < view.num_experts;
         rank = view.owner_of(in_range ? raw : 0);
+        key = in_range ? rank << 16 | raw : -1;
     }
-    __device__ __forceinline__ void compare(const View& view, int other, bool is_earlier) {
-        const bool counts = is_earlier && other >= 0 && other < view.num_experts;
-        repeated |= counts && other == raw;
-        follows |= counts && view.owner_of(other) == rank;
+    __device__ __forceinline__ void compare(int other, bool is_earlier) {
+        repeated |= is_earlier && other == key;
+        follows |= is_earlier && other >> 16 == rank;
     }
     __device__ __forceinline__ Choice choice() const {
-        const bool valid = in_range && !repeated;
+        const bool valid = key >= 0 && !repeated;
         return {valid ? raw : -1, rank, raw != -1 && !valid, valid && !follows};
     }
 };
@@ -48,7 +49,7 @@ __device__ __noinline__ inline Choice check_many(const View& view, int raw, int 
     const int k = static_cast<int>(threadIdx.x & 31) - first_lane;
 #pragma unroll 4
     for (int j = 0; j < view.topk - 1; ++j) {
-        check.compare(view, __shfl_sync(kFullWarp, raw, first_lane + j), j < k);
+        check.compare(__shfl_sync(kFullWarp, check.key, first_lane + j), j < k);
     }
     return check.choice();
 }
@@ -62,16 +63,18 @@ __device__ __forceinline__ Choice check_choice(const View& view, int raw, int fi
     const int k = static_cast<int>(threadIdx.x & 31) - first_lane;
 #pragma unroll
     for (int j = 0; j < kUsualTopk - 1; ++j) {
-        check.compare(view, __shfl_sync(kFullWarp, raw, first_lane + j), j < k);
+        check.compare(__shfl_sync(kFullWarp, check.key, first_lane + j), j < k);
     }
     return check.choice();
 }
 
-__device__ __forceinline__ void clear_counts(const View& view, RouteCounts counts) {
+// By `step` threads.
+__device__ __forceinline__ void clear_counts(const View& view, RouteCounts counts, int thread,
+                                             int step) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < view.num_experts; i += kThreads) counts.rows[i] = 0;
-    const int r = static_cast<int>(threadIdx.x);
-    if (r < view.num_ranks) counts.messages[r] = 0;
+    for (int i = thread; i < view.num_experts; i += step) counts.rows[i] = 0;
+#pragma unroll 1
+    for (int r = thread; r < view.num_ranks; r += step) counts.messages[r] = 0;
 }
 
 // Adds tokens [0, end) to cleared counts; all warps of the CTA, the caller synchronises. A warp

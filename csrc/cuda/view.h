@@ -28,8 +28,9 @@ struct View {
     FastDiv by_local_experts;
     FastDiv by_topk;
 
-    // Dispatch messages, in vectors (16 bytes) and bytes.
-    int32_t row_vectors;
+    // Dispatch messages of one wire format, in vectors (16 bytes) and bytes.
+    int32_t input_vectors;  // of a row as the caller gives it
+    int32_t row_vectors;  // as it travels
     int32_t num_scales;
     int32_t header_offset;
     int32_t entries_offset;
@@ -53,27 +54,33 @@ struct View {
 
     // This rank's memory.
     const uint8_t* counts_in;  // [2][R]
-    const uint8_t* dispatch_in;  // [R][M]
-    const uint8_t* combine_in;  // [R][M]
+    const uint8_t* ready_in;  // [2][R]
+    const uint8_t* weights_in;  // [R]
+    const uint8_t* dispatch_in;  // [2][R][M]
+    const uint8_t* combine_in;  // [2][R][M]
     ChainState* state;
     StepStats* stats;
-    int32_t* received;  // [R]
-    int32_t* sent;  // [M][R]
-    RowRef* refs;  // [R * M][K]
     const uint64_t* budget_ns;
     uint32_t* fault_claim;
     uint32_t* dropped_entries;
     FaultBoard* faults;
 
     // Where this rank's messages go, behind a peer's heap.
-    int64_t counts_out;  // slot 0; slot 1 is R strides on
+    int64_t counts_out;  // of even epochs; of odd ones R strides on
+    int64_t ready_out;
+    int64_t weights_out;
     int64_t dispatch_out;
     int64_t combine_out;
+    int64_t dispatch_half;  // bytes from the inbox of even epochs to that of odd ones
+    int64_t combine_half;
+    int32_t weights_stride;
     uint8_t* peer[kMaxRanks];
 
     EP_HD int owner_of(int expert) const { return by_local_experts(expert); }
+    EP_HD int64_t dispatch_at(uint64_t epoch) const { return (epoch & 1) != 0 ? dispatch_half : 0; }
+    EP_HD int64_t combine_at(uint64_t epoch) const { return (epoch & 1) != 0 ? combine_half : 0; }
 
-    static View make(const Context& ctx, int chain) {
+    static View make(const Context& ctx, int chain, Wire wire) {
         const Shape& s = ctx.shape;
         const HeapLayout& h = ctx.layout;
         View v{};
@@ -90,15 +97,17 @@ struct View {
         v.by_local_experts = ctx.by_local_experts;
         v.by_topk = ctx.by_topk;
 
-        v.row_vectors = s.row_bytes() / 16;
-        v.num_scales = s.num_scales();
-        v.header_offset = h.message.header;
-        v.entries_offset = h.message.entries;
-        v.scales_offset = h.message.scales;
-        v.row_offset = h.message.row;
-        v.message_bytes = h.message.bytes;
-        v.message_vectors = h.message.lines * kVectorsPerLine;
-        v.message_stride = h.message.stride;
+        const MessageLayout m = MessageLayout::make(s, wire);
+        v.row_vectors = s.row_bytes(wire) / 16;
+        v.input_vectors = wire == Wire::kFp8 ? s.hidden / 8 : v.row_vectors;
+        v.num_scales = s.num_scales(wire);
+        v.header_offset = m.header;
+        v.entries_offset = m.entries;
+        v.scales_offset = m.scales;
+        v.row_offset = m.row;
+        v.message_bytes = m.bytes;
+        v.message_vectors = m.lines * kVectorsPerLine;
+        v.message_stride = h.message_stride;
         v.counts_vectors = h.counts.lines * kVectorsPerLine;
         v.counts_stride = h.counts.stride;
 
@@ -113,21 +122,25 @@ struct View {
         v.by_remote_items = FastDiv::by(static_cast<uint32_t>(v.parts * others));
 
         v.counts_in = ctx.counts_at(ctx.rank, chain, 0, 0);
-        v.dispatch_in = ctx.dispatch_at(ctx.rank, chain, 0, 0);
-        v.combine_in = ctx.combine_at(ctx.rank, chain, 0, 0);
+        v.ready_in = ctx.ready_at(ctx.rank, chain, 0, 0);
+        v.weights_in = ctx.weights_at(ctx.rank, chain, 0);
+        v.dispatch_in = ctx.dispatch_at(ctx.rank, chain, 0, 0, 0);
+        v.combine_in = ctx.combine_at(ctx.rank, chain, 0, 0, 0);
         v.state = ctx.state(chain);
         v.stats = ctx.stats(chain);
-        v.received = ctx.received(chain);
-        v.sent = ctx.sent_slots(chain, 0);
-        v.refs = ctx.refs(chain, 0, 0);
         v.budget_ns = ctx.budget_ns();
         v.fault_claim = ctx.fault_claim();
         v.dropped_entries = ctx.dropped_entries();
         v.faults = ctx.faults;
 
         v.counts_out = h.counts_slot(s, chain, 0, ctx.rank);
-        v.dispatch_out = h.dispatch_slot(s, chain, ctx.rank, 0);
-        v.combine_out = h.combine_slot(s, chain, ctx.rank, 0);
+        v.ready_out = h.ready_line(s, chain, 0, ctx.rank);
+        v.weights_out = h.weights_slot(chain, ctx.rank);
+        v.dispatch_out = h.dispatch_slot(s, chain, 0, ctx.rank, 0);
+        v.combine_out = h.combine_slot(s, chain, 0, ctx.rank, 0);
+        v.dispatch_half = static_cast<int64_t>(s.max_messages()) * h.message_stride;
+        v.combine_half = static_cast<int64_t>(s.max_messages()) * h.combine_stride;
+        v.weights_stride = h.weights_stride;
         for (int r = 0; r < s.num_ranks; ++r) v.peer[r] = ctx.heap[r];
         return v;
     }

@@ -18,6 +18,20 @@ __device__ __forceinline__ uint64_t* abort_word(const View& view, int r) {
     return reinterpret_cast<uint64_t*>(view.peer[r] + HeapLayout::kAbortOffset);
 }
 
+// A receive moves its chain's counter on, which is safe once every CTA of the kernel has read it:
+// each says so, after a barrier of the CTA behind the read, and one warp of CTA 0 waits for all. It
+// need not wait long: the CTAs are resident together, and this comes after the wait for peers.
+__device__ __forceinline__ void report_epoch_read(uint32_t& readers) { atomicAdd(&readers, 1u); }
+
+__device__ __forceinline__ void advance(uint64_t& counter, uint32_t& readers, uint64_t epoch) {
+    const bool first = (threadIdx.x & 31) == 0;
+    while (__any_sync(kFullWarp, first && atomicAdd(&readers, 0u) != gridDim.x)) {
+    }
+    if (!first) return;
+    readers = 0;
+    counter = epoch;
+}
+
 // The first fatal fault on this rank wins; the code is written last (the host reads it first).
 __device__ __noinline__ inline void record_fault(const View& view, Fault fault) {
     if (atomicExch(view.fault_claim, 1u) != 0) return;
@@ -36,14 +50,15 @@ __device__ __noinline__ inline void record_fault(const View& view, Fault fault) 
 
 // Not fatal: the entry is dropped, the host raises at its next check. The record holds the running
 // total; whoever publishes it looks again, so that the last word is the largest.
-__device__ __noinline__ inline void record_routing(const View& view, int dropped, int expert) {
+__device__ __noinline__ inline void record_routing(const View& view, int dropped, int64_t expert,
+                                                   Op op = Op::kDispatch) {
     volatile Fault* out = &view.faults->routing;
-    out->op = static_cast<uint32_t>(Op::kDispatch);
+    out->op = static_cast<uint32_t>(op);
     out->chain = view.chain;
     out->rank = view.rank;
     out->peer = -1;
     out->expected = view.num_experts;
-    out->seen = static_cast<uint64_t>(static_cast<int64_t>(expert));
+    out->seen = static_cast<uint64_t>(expert);
     atomicAdd(view.dropped_entries, static_cast<uint32_t>(dropped));
     uint32_t total = 0;
     do {

@@ -1,6 +1,7 @@
 // FP8 e4m3 with one float32 scale per 128 channels, and BF16, the same bits on host and device.
 //
 // scale = max(amax, 1e-4) / 448; value = round_to_nearest_even(x * (448 / max(amax, 1e-4))).
+// Rounded scales are the next power of two that is no smaller; UE8M0 is the exponent byte of one.
 #pragma once
 
 #include <cmath>
@@ -29,6 +30,20 @@ EP_HD uint16_t float_to_bf16(float f) {
     if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);  // NaN
     return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);  // nearest, ties to even
 }
+
+struct Fp8Scale {
+    float scale;
+    float inverse;  // what values are multiplied with
+};
+EP_HD Fp8Scale fp8_scale(float amax, bool round_scale) {
+    const float exact = amax / kFp8Max;
+    if (!round_scale) return {exact, kFp8Max / amax};
+    const uint32_t u = float_to_bits(exact);
+    const uint32_t exponent = (u >> 23) + ((u & 0x7fffffu) != 0 ? 1u : 0u);  // of a normal number
+    const uint32_t inverse = exponent < 254u ? 254u - exponent : 0u;  // infinite rows: NaN values
+    return {bits_to_float(exponent << 23), bits_to_float(inverse << 23)};
+}
+EP_HD uint32_t ue8m0(uint32_t scale_bits) { return (scale_bits >> 23) & 0xffu; }
 
 // Saturating, nearest even. Subnormals of e4m3 are multiples of 2^-9.
 inline uint8_t float_to_fp8(float f) {

@@ -35,11 +35,17 @@ struct Context {
     EP_HD uint8_t* counts_at(int owner, int chain, uint64_t epoch, int source) const {
         return heap[owner] + layout.counts_slot(shape, chain, epoch, source);
     }
-    EP_HD uint8_t* dispatch_at(int owner, int chain, int source, int slot) const {
-        return heap[owner] + layout.dispatch_slot(shape, chain, source, slot);
+    EP_HD uint8_t* ready_at(int owner, int chain, uint64_t epoch, int source) const {
+        return heap[owner] + layout.ready_line(shape, chain, epoch, source);
     }
-    EP_HD uint8_t* combine_at(int owner, int chain, int source, int slot) const {
-        return heap[owner] + layout.combine_slot(shape, chain, source, slot);
+    EP_HD uint8_t* weights_at(int owner, int chain, int source) const {
+        return heap[owner] + layout.weights_slot(chain, source);
+    }
+    EP_HD uint8_t* dispatch_at(int owner, int chain, uint64_t epoch, int source, int slot) const {
+        return heap[owner] + layout.dispatch_slot(shape, chain, epoch, source, slot);
+    }
+    EP_HD uint8_t* combine_at(int owner, int chain, uint64_t epoch, int source, int slot) const {
+        return heap[owner] + layout.combine_slot(shape, chain, epoch, source, slot);
     }
 
     EP_HD const uint64_t* budget_ns() const {
@@ -61,28 +67,23 @@ struct Context {
     EP_HD StepStats* stats(int chain) const {
         return local_at<StepStats>(chain, local_layout.stats_offset);
     }
-    EP_HD int32_t* received(int chain) const {
-        return local_at<int32_t>(chain, local_layout.received_offset);
-    }
-    EP_HD int32_t* sent_slots(int chain, int token) const {
-        return local_at<int32_t>(chain, local_layout.sent_offset) +
-               static_cast<int64_t>(token) * shape.num_ranks;
-    }
-    EP_HD RowRef* refs(int chain, int source, int slot) const {
-        const int64_t message = static_cast<int64_t>(source) * shape.max_tokens + slot;
-        return local_at<RowRef>(chain, local_layout.refs_offset) + message * shape.topk;
-    }
 };
 
-// The tensors of a dispatch send. Rows are BF16, row_stride in elements.
+// The tensors of a dispatch send. Rows are BF16, or opaque bytes with their scales.
 struct SendInput {
-    const uint16_t* x;
-    int64_t row_stride;
+    Wire wire;
+    bool round_scale;  // FP8: scales are powers of two
+    const uint8_t* x;
+    int64_t row_stride;  // bytes
+    const uint32_t* scales;  // opaque rows: 4-byte words
+    int64_t scale_row_stride;    // words
+    int64_t scale_group_stride;  // words
     const void* topk_idx;  // [T, K] int32 or int64
     int32_t idx_bytes;     // 4 or 8
-    const float* weights;  // [T, K]
+    const float* weights;  // [T, K]; nullptr: they come with the combine
     int32_t num_tokens;    // rows of the tensors
     const int32_t* num_valid;  // device scalar; nullptr: all rows are real
+    Routing routing;
 
     EP_HD int expert(int64_t entry) const {
         if (idx_bytes == 4) return static_cast<const int32_t*>(topk_idx)[entry];
@@ -91,17 +92,51 @@ struct SendInput {
     }
 };
 
-// Where a dispatch receive puts rows. Arrays a format does not have are nullptr.
+// How scales lie beside received rows, in 4-byte words: scale g of row i of expert x is at
+// x * expert_stride + i * row_stride + g * group_stride. Formats without experts have one, 0.
+struct ScaleTarget {
+    uint32_t* words;
+    bool ue8m0;  // four exponents to a word instead of one float32
+    int32_t expert_stride;
+    int32_t row_stride;
+    int32_t group_stride;
+};
+
+// Where a dispatch receive puts rows. Arrays that a format lacks, or nobody asked for, are nullptr.
 struct RecvTarget {
     Format format;
+    Wire wire;
     int32_t alignment;       // contiguous: each expert's first row is a multiple of it
     uint8_t* x;              // batched [L, R*M, H], contiguous [rows, H], compact [R*M, H]
-    float* scales;           // the same rows, H/128 floats each
+    ScaleTarget scales;
     int32_t* recv_count;     // [L]
     int32_t* expert_offset;  // contiguous: [L + 1]
     int32_t* topk_idx;       // compact: [R*M, K] local expert or -1
     float* topk_weights;     // compact: [R*M, K]
     int32_t* num_messages;   // [R]
+    int32_t* source_token;   // batched: [L, R*M] the row's token at its source
+    int64_t* layout_range;   // batched: [L, R] (first row << 32) | rows, of each source
+    int32_t* cumulative_count;  // [L] += recv_count
+    int64_t* wait_ns;        // [R] += nanoseconds that each source kept this rank waiting
+    Routing routing;
+};
+
+// The rows a combine sends home, BF16, as the receive laid them out.
+struct CombineInput {
+    const uint16_t* y;
+    int64_t row_stride;  // elements
+    bool late_weights;   // the dispatch had none: `weights` go ahead of the rows
+    const float* weights;  // [T, K]
+    int32_t num_tokens;  // of this rank, for the weights
+    Routing routing;
+};
+
+struct CombineOutput {
+    uint16_t* out;  // [T, H]
+    int32_t num_tokens;
+    const int32_t* num_valid;  // device scalar; nullptr: all rows are real
+    int64_t* wait_ns;  // [R], as above
+    Routing routing;
 };
 
 }  // namespace ep

@@ -39,18 +39,16 @@ struct MessageLayout {
     int32_t row;
     int32_t bytes;  // payload, a multiple of 16
     int32_t lines;
-    int32_t stride;  // bytes of one inbox slot
 
-    static EP_HD MessageLayout make(const Shape& s) {
+    static EP_HD MessageLayout make(const Shape& s, Wire wire) {
         MessageLayout m{};
         m.header = 0;
         m.entries = static_cast<int>(sizeof(MessageHeader));
         m.scales = m.entries + s.topk * static_cast<int>(sizeof(Entry));
         m.row = static_cast<int32_t>(
-            round_up(m.scales + s.num_scales() * static_cast<int>(sizeof(float)), 16));
-        m.bytes = m.row + s.row_bytes();
+            round_up(m.scales + s.num_scales(wire) * static_cast<int>(sizeof(float)), 16));
+        m.bytes = m.row + s.row_bytes(wire);
         m.lines = lines_for(m.bytes);
-        m.stride = m.lines * kLineBytes;
         return m;
     }
 };
@@ -72,14 +70,18 @@ struct CountsLayout {
     }
 };
 
-// Symmetric heap: written by peers. Per chain: counts [2 slots][R], dispatch inbox [R][M],
-// combine inbox [R][M]. The first line holds the abort word.
+// Symmetric heap: written by peers. Per chain, in two halves chosen by the parity of the epoch:
+// counts [R], ready lines [R], dispatch inbox [R][M], combine inbox [R][M]; and weights that a
+// combine sends ahead of its rows [R]. The first line holds the abort word.
 struct HeapLayout {
-    MessageLayout message;
     CountsLayout counts;
+    int32_t message_stride;  // of one dispatch slot, whatever the wire format of the call
     int32_t combine_lines;
     int32_t combine_stride;
-    int64_t counts_offset;    // within a chain
+    int32_t weights_stride;
+    int64_t counts_offset;  // within a chain
+    int64_t ready_offset;
+    int64_t weights_offset;
     int64_t dispatch_offset;
     int64_t combine_offset;
     int64_t chain_bytes;
@@ -90,16 +92,17 @@ struct HeapLayout {
 
     static EP_HD HeapLayout make(const Shape& s) {
         HeapLayout h{};
-        h.message = MessageLayout::make(s);
+        h.message_stride = MessageLayout::make(s, s.wire).lines * kLineBytes;
         h.counts = CountsLayout::make(s);
         h.combine_lines = lines_for(2 * static_cast<int64_t>(s.hidden));
         h.combine_stride = h.combine_lines * kLineBytes;
+        h.weights_stride = lines_for(4LL * s.max_tokens * s.topk) * kLineBytes;
         h.counts_offset = 0;
-        h.dispatch_offset = h.counts_offset + 2LL * s.num_ranks * h.counts.stride;
-        h.combine_offset =
-            h.dispatch_offset + static_cast<int64_t>(s.max_messages()) * h.message.stride;
-        h.chain_bytes =
-            h.combine_offset + static_cast<int64_t>(s.max_messages()) * h.combine_stride;
+        h.ready_offset = h.counts_offset + 2LL * s.num_ranks * h.counts.stride;
+        h.weights_offset = h.ready_offset + 2LL * s.num_ranks * kLineBytes;
+        h.dispatch_offset = h.weights_offset + static_cast<int64_t>(s.num_ranks) * h.weights_stride;
+        h.combine_offset = h.dispatch_offset + 2LL * s.max_messages() * h.message_stride;
+        h.chain_bytes = h.combine_offset + 2LL * s.max_messages() * h.combine_stride;
         h.bytes = kChainsOffset + s.num_chains * h.chain_bytes;
         return h;
     }
@@ -109,29 +112,72 @@ struct HeapLayout {
         const int64_t index = static_cast<int64_t>(epoch & 1) * s.num_ranks + source;
         return chain(c) + counts_offset + index * counts.stride;
     }
-    EP_HD int64_t dispatch_slot(const Shape& s, int c, int source, int slot) const {
-        const int64_t index = static_cast<int64_t>(source) * s.max_tokens + slot;
-        return chain(c) + dispatch_offset + index * message.stride;
+    EP_HD int64_t ready_line(const Shape& s, int c, uint64_t epoch, int source) const {
+        const int64_t index = static_cast<int64_t>(epoch & 1) * s.num_ranks + source;
+        return chain(c) + ready_offset + index * kLineBytes;
     }
-    EP_HD int64_t combine_slot(const Shape& s, int c, int source, int slot) const {
-        const int64_t index = static_cast<int64_t>(source) * s.max_tokens + slot;
-        return chain(c) + combine_offset + index * combine_stride;
+    EP_HD int64_t weights_slot(int c, int source) const {
+        return chain(c) + weights_offset + static_cast<int64_t>(source) * weights_stride;
+    }
+    EP_HD int64_t dispatch_slot(const Shape& s, int c, uint64_t epoch, int source, int slot) const {
+        return chain(c) + dispatch_offset + inbox_index(s, epoch, source, slot) * message_stride;
+    }
+    EP_HD int64_t combine_slot(const Shape& s, int c, uint64_t epoch, int source, int slot) const {
+        return chain(c) + combine_offset + inbox_index(s, epoch, source, slot) * combine_stride;
+    }
+
+  private:
+    static EP_HD int64_t inbox_index(const Shape& s, uint64_t epoch, int source, int slot) {
+        const int64_t half = static_cast<int64_t>(epoch & 1) * s.max_messages();
+        return half + static_cast<int64_t>(source) * s.max_tokens + slot;
     }
 };
 
 // Where a received message's rows lie in the output, and their weights: what combine reads.
-struct RowRef {
+struct alignas(8) RowRef {
     int32_t row;   // row of the combine input; -1 ends the list
-    float weight;
+    float weight;  // the bits of k where the weights come with the combine
 };
 
-// Memory of this rank alone. Per chain: state, statistics, the routing that combine needs.
+// What a dispatch leaves for the combines of its handle, in memory of the handle's own.
+struct RoutingLayout {
+    int64_t received;  // int32 [R]: messages received from each source
+    int64_t sent;      // int32 [M][R]: slot of token t at rank d, or -1
+    int64_t tokens;    // int32 [R*M]: token of each message received, at its source
+    int64_t refs;      // RowRef [R*M][K], in k order, ended by row -1
+    int64_t bytes;
+
+    static EP_HD RoutingLayout make(const Shape& s) {
+        RoutingLayout r{};
+        r.received = 0;
+        r.sent = round_up(4LL * s.num_ranks, 128);
+        r.tokens = r.sent + round_up(4LL * s.max_tokens * s.num_ranks, 128);
+        r.refs = r.tokens + round_up(4LL * s.max_messages(), 128);
+        const int64_t refs = static_cast<int64_t>(s.max_messages()) * s.topk * sizeof(RowRef);
+        r.bytes = r.refs + round_up(refs, 128);
+        return r;
+    }
+};
+
+struct Routing {
+    int32_t* received;
+    int32_t* sent;
+    int32_t* tokens;
+    RowRef* refs;
+
+    static Routing at(uint8_t* base, const Shape& s) {
+        const RoutingLayout r = RoutingLayout::make(s);
+        return {reinterpret_cast<int32_t*>(base + r.received),
+                reinterpret_cast<int32_t*>(base + r.sent),
+                reinterpret_cast<int32_t*>(base + r.tokens),
+                reinterpret_cast<RowRef*>(base + r.refs)};
+    }
+};
+
+// Memory of this rank alone. Per chain: state and statistics.
 struct LocalLayout {
-    int64_t state_offset;     // ChainState
-    int64_t stats_offset;     // StepStats: what the reset node of a graph zeroes
-    int64_t received_offset;  // int32 [R]: messages received from each source
-    int64_t sent_offset;      // int32 [M][R]: slot of token t at rank d, or -1
-    int64_t refs_offset;      // RowRef [R*M][K], in k order, ended by row -1
+    int64_t state_offset;  // ChainState
+    int64_t stats_offset;  // StepStats: what the reset node of a graph zeroes
     int64_t chain_bytes;
     int64_t bytes;
 
@@ -145,11 +191,7 @@ struct LocalLayout {
         LocalLayout l{};
         l.state_offset = 0;
         l.stats_offset = 256;
-        l.received_offset = l.stats_offset + round_up(sizeof(StepStats), 256);
-        l.sent_offset = l.received_offset + round_up(4LL * s.num_ranks, 256);
-        l.refs_offset = l.sent_offset + round_up(4LL * s.max_tokens * s.num_ranks, 256);
-        const int64_t refs = static_cast<int64_t>(s.max_messages()) * s.topk * sizeof(RowRef);
-        l.chain_bytes = l.refs_offset + round_up(refs, 256);
+        l.chain_bytes = l.stats_offset + round_up(sizeof(StepStats), 256);
         l.bytes = kChainsOffset + s.num_chains * l.chain_bytes;
         return l;
     }

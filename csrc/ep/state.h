@@ -5,11 +5,13 @@
 
 namespace ep {
 
-// Each word is written by one operation and read by the other; between the two lies a full
-// stream dependency, so neither needs a ticket. Dispatch works at epoch combined + 1.
+// Dispatches and combines of a chain are two sequences that do not depend on each other. An
+// operation works at its counter + 1; its receive leaves it there, once all its CTAs have read it.
 struct ChainState {
-    uint64_t dispatched;  // written at the end of dispatch, read by combine
-    uint64_t combined;    // written at the end of combine, read by dispatch
+    uint64_t dispatched;
+    uint64_t combined;
+    uint32_t dispatch_readers;  // CTAs of the running receive that know their epoch
+    uint32_t combine_readers;
 };
 
 // Sums since the last reset (a graph's reset node zeroes them). One writer: the first CTA of an
@@ -28,12 +30,18 @@ enum class FaultCode : uint32_t {
     kTimeout = 1,   // peer did not arrive within the budget
     kAborted = 2,   // rank `rank` gave up waiting for `peer` and told us
     kDesync = 3,    // a tag from the future: ranks issued different sequences
-    kSequence = 4,  // dispatch twice, or combine without dispatch
-    kCount = 5,     // a peer announced more than the inbox holds
-    kRouting = 6,   // expert out of range, or twice in one token; not fatal
+    kCount = 4,     // a peer announced more than the inbox holds
+    kRouting = 5,   // expert out of range, or twice in one token; not fatal
 };
 
-enum class Op : uint32_t { kNone = 0, kDispatch = 1, kCombine = 2 };
+enum class Op : uint32_t {
+    kNone = 0,
+    kDispatch = 1,
+    kCombine = 2,
+    kNormalNotify = 3,
+    kNormalDispatch = 4,
+    kNormalCombine = 5,
+};
 
 struct Fault {
     uint32_t code;   // written last; 0 means the record is empty

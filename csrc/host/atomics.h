@@ -33,5 +33,8 @@ bool replace_zero(T* word, T value) {
 inline uint64_t* tag_of(uint8_t* slot, int64_t stride) {
     return reinterpret_cast<uint64_t*>(slot + stride - sizeof(uint64_t));
 }
+inline const uint64_t* tag_of(const uint8_t* slot, int64_t stride) {
+    return reinterpret_cast<const uint64_t*>(slot + stride - sizeof(uint64_t));
+}
 
 }  // namespace ep::host

@@ -2,6 +2,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "ep/fp8.h"
 #include "host/atomics.h"
 #include "host/faults.h"
 #include "host/host_rank.h"
@@ -11,31 +12,40 @@
 namespace ep::host {
 namespace {
 
-// The epoch a combine works at, or 0 if there is nothing to combine (a recorded fault).
-uint64_t combine_epoch(const Context& context, Where where, const ChainState& state) {
-    if (state.combined != state.dispatched) return state.dispatched;
-    fail(context, where, FaultCode::kSequence, /*peer=*/-1, state.combined + 1, state.dispatched);
-    return 0;
-}
-
-// The weighted sum of one message's rows, in k order.
-void reduce_message(const Context& context, const RowRef* refs, const uint16_t* y, int64_t y_stride,
-                    std::vector<float>* sum) {
+// The weighted sum of one message's rows, in k order. `late`: the token's weights, where they came
+// with the combine.
+void reduce_message(const Context& context, const RowRef* refs, const CombineInput& in,
+                    const float* late, std::vector<float>* sum) {
     sum->assign(context.shape.hidden, 0.0f);
     for (int k = 0; k < context.shape.topk && refs[k].row >= 0; ++k) {
-        const uint16_t* row = y + refs[k].row * y_stride;
-        row_math().multiply_add(refs[k].weight, row, context.shape.hidden, sum->data());
+        const uint16_t* row = in.y + refs[k].row * in.row_stride;
+        const float weight =
+            late == nullptr ? refs[k].weight : late[float_to_bits(refs[k].weight) % kMaxTopk];
+        row_math().multiply_add(weight, row, context.shape.hidden, sum->data());
+    }
+}
+
+// Every rank's table of weights, for every rank; then the word that says that this one is in the
+// combine, and has finished its last but one.
+void announce(const Context& context, int chain, const CombineInput& in, uint64_t epoch) {
+    for (int d = 0; d < context.shape.num_ranks; ++d) {
+        if (in.late_weights) {
+            uint8_t* slot = context.weights_at(d, chain, context.rank);
+            const size_t count = static_cast<size_t>(in.num_tokens) * context.shape.topk;
+            if (count > 0) std::memcpy(slot, in.weights, sizeof(float) * count);
+            store_release(tag_of(slot, context.layout.weights_stride), epoch);
+        }
+        store_release(tag_of(context.ready_at(d, chain, epoch, context.rank), kLineBytes), epoch);
     }
 }
 
 // The sum of what the ranks sent back for one token, in rank order. False: a wait failed.
-bool reduce_token(const Context& context, int chain, int token, Waiter* waiter,
-                  std::vector<float>* sum) {
+bool reduce_token(const Context& context, int chain, uint64_t epoch, const int32_t* slots,
+                  Waiter* waiter, std::vector<float>* sum) {
     sum->assign(context.shape.hidden, 0.0f);
-    const int32_t* slots = context.sent_slots(chain, token);
     for (int d = 0; d < context.shape.num_ranks; ++d) {
         if (slots[d] < 0) continue;
-        uint8_t* slot = context.combine_at(context.rank, chain, d, slots[d]);
+        uint8_t* slot = context.combine_at(context.rank, chain, epoch, d, slots[d]);
         if (!waiter->wait(tag_of(slot, context.layout.combine_stride), d)) return false;
         row_math().add(reinterpret_cast<const uint16_t*>(slot), context.shape.hidden, sum->data());
     }
@@ -44,23 +54,39 @@ bool reduce_token(const Context& context, int chain, int token, Waiter* waiter,
 
 }  // namespace
 
-void HostRank::combine_send(int chain, const uint16_t* y, int64_t y_stride) {
+void HostRank::combine_send(int chain, const CombineInput& in) {
     require_chain(chain);
-    if (y == nullptr) throw std::invalid_argument("y must not be null");
-    if (y_stride < 0) throw std::invalid_argument("y_stride must not be negative");
+    require_tokens(in.num_tokens);
+    if (in.y == nullptr) throw std::invalid_argument("y must not be null");
+    if (in.row_stride < 0) throw std::invalid_argument("y_stride must not be negative");
+    if (in.late_weights && in.weights == nullptr && in.num_tokens > 0) {
+        throw std::invalid_argument("weights must not be null: the dispatch had none");
+    }
     const Where where{Op::kCombine, chain};
     if (!may_run(context_, where)) return;
-    const uint64_t epoch = combine_epoch(context_, where, read_state(chain));
-    if (epoch == 0) return;
+    const uint64_t epoch = read_state(chain).combined + 1;
+    announce(context_, chain, in, epoch);
 
     const Shape& shape = context_.shape;
+    Waiter waiter(context_, where, epoch);
     std::vector<float> sum;
     uint64_t messages = 0;
     for (int source = 0; source < shape.num_ranks; ++source) {
-        const int32_t received = context_.received(chain)[source];
+        const int32_t received = in.routing.received[source];
+        uint8_t* table = context_.weights_at(context_.rank, chain, source);
+        if (in.late_weights && received > 0 &&
+            !waiter.wait(tag_of(table, context_.layout.weights_stride), source)) {
+            return;
+        }
         for (int i = 0; i < received; ++i) {
-            reduce_message(context_, context_.refs(chain, source, i), y, y_stride, &sum);
-            uint8_t* slot = context_.combine_at(source, chain, context_.rank, i);
+            const int64_t index = int64_t{source} * shape.max_tokens + i;
+            const float* late = nullptr;
+            if (in.late_weights) {
+                late = reinterpret_cast<const float*>(table) +
+                       int64_t{in.routing.tokens[index]} * shape.topk;
+            }
+            reduce_message(context_, in.routing.refs + index * shape.topk, in, late, &sum);
+            uint8_t* slot = context_.combine_at(source, chain, epoch, context_.rank, i);
             row_math().round(sum.data(), shape.hidden, reinterpret_cast<uint16_t*>(slot));
             store_release(tag_of(slot, context_.layout.combine_stride), epoch);
         }
@@ -69,26 +95,36 @@ void HostRank::combine_send(int chain, const uint16_t* y, int64_t y_stride) {
     context_.stats(chain)->bytes_combined += messages * sizeof(uint16_t) * shape.hidden;
 }
 
-void HostRank::combine_recv(int chain, uint16_t* out, int32_t num_tokens,
-                            const int32_t* num_valid) {
+void HostRank::combine_recv(int chain, const CombineOutput& out) {
     require_chain(chain);
-    require_tokens(num_tokens);
-    if (num_tokens > 0 && out == nullptr) throw std::invalid_argument("out must not be null");
+    require_tokens(out.num_tokens);
+    if (out.num_tokens > 0 && out.out == nullptr) {
+        throw std::invalid_argument("out must not be null");
+    }
     const Where where{Op::kCombine, chain};
     if (!may_run(context_, where)) return;
-    const uint64_t epoch = combine_epoch(context_, where, read_state(chain));
-    if (epoch == 0) return;
+    const uint64_t epoch = read_state(chain).combined + 1;
 
-    const int64_t hidden = context_.shape.hidden;
-    const int32_t valid = valid_tokens(num_tokens, num_valid);
+    const Shape& shape = context_.shape;
+    const int64_t hidden = shape.hidden;
+    const int32_t valid = valid_tokens(out.num_tokens, out.num_valid);
     Waiter waiter(context_, where, epoch);
+    for (int r = 0; r < shape.num_ranks; ++r) {
+        const uint8_t* line = context_.ready_at(context_.rank, chain, epoch, r);
+        const bool ready = waiter.wait(tag_of(line, kLineBytes), r);
+        const uint64_t blocked_ns = waiter.take_blocked_ns();
+        if (out.wait_ns != nullptr) out.wait_ns[r] += blocked_ns;
+        if (!ready) return;
+    }
     std::vector<float> sum;
     for (int token = 0; token < valid; ++token) {
-        if (!reduce_token(context_, chain, token, &waiter, &sum)) return;
-        row_math().round(sum.data(), context_.shape.hidden, out + token * hidden);
+        const int32_t* slots = out.routing.sent + int64_t{token} * shape.num_ranks;
+        if (!reduce_token(context_, chain, epoch, slots, &waiter, &sum)) return;
+        row_math().round(sum.data(), shape.hidden, out.out + token * hidden);
     }
-    if (valid < num_tokens) {
-        std::memset(out + valid * hidden, 0, sizeof(uint16_t) * (num_tokens - valid) * hidden);
+    if (valid < out.num_tokens) {
+        std::memset(out.out + valid * hidden, 0,
+                    sizeof(uint16_t) * (out.num_tokens - valid) * hidden);
     }
     store_relaxed(&context_.state(chain)->combined, epoch);
 }

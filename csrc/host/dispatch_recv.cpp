@@ -1,7 +1,9 @@
+#include <cstddef>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
 
+#include "ep/fp8.h"
 #include "host/atomics.h"
 #include "host/faults.h"
 #include "host/host_rank.h"
@@ -17,8 +19,9 @@ void require_target(const Shape& shape, const RecvTarget& target) {
     require(target.x != nullptr, "RecvTarget.x must not be null");
     require(target.recv_count != nullptr, "RecvTarget.recv_count must not be null");
     require(target.num_messages != nullptr, "RecvTarget.num_messages must not be null");
-    require(shape.wire != Wire::kFp8 || target.scales != nullptr,
-            "RecvTarget.scales must not be null where rows are FP8");
+    require(shape.num_scales(target.wire) == 0 || target.scales.words != nullptr,
+            "RecvTarget.scales must not be null where rows come with scales");
+    require(target.routing.refs != nullptr, "RecvTarget.routing must not be null");
     require(target.format != Format::kContiguous ||
                 (target.expert_offset != nullptr && target.alignment >= 1),
             "a contiguous RecvTarget needs expert_offset and an alignment of at least 1");
@@ -37,6 +40,7 @@ class Receive {
           epoch_(epoch),
           where_{Op::kDispatch, chain},
           waiter_(context, where_, epoch),
+          layout_(MessageLayout::make(context.shape, target.wire)),
           local_experts_(context.shape.num_local_experts()),
           words_(context.layout.counts.words),
           counts_(static_cast<size_t>(context.shape.num_ranks) * words_),
@@ -69,7 +73,9 @@ class Receive {
         const CountsLayout& layout = context_.layout.counts;
         uint8_t* slot = context_.counts_at(context_.rank, chain_, epoch_, source);
         const bool arrived = waiter_.wait(tag_of(slot, layout.stride), source);
-        context_.stats(chain_)->wait_ns[source] = waiter_.take_blocked_ns();
+        blocked_ns_ = waiter_.take_blocked_ns();
+        context_.stats(chain_)->wait_ns[source] = blocked_ns_;
+        if (target_.wait_ns != nullptr) target_.wait_ns[source] += blocked_ns_;
         if (!arrived) return false;
         std::memcpy(counts_.data() + source * words_, slot, layout.bytes);
 
@@ -94,13 +100,21 @@ class Receive {
         const int ranks = context_.shape.num_ranks;
         for (int s = 0; s < ranks; ++s) {
             target_.num_messages[s] = static_cast<int32_t>(num_messages(s));
-            context_.received(chain_)[s] = static_cast<int32_t>(num_messages(s));
+            target_.routing.received[s] = static_cast<int32_t>(num_messages(s));
         }
         int64_t offset = 0;
         for (int x = 0; x < local_experts_; ++x) {
             int64_t count = 0;
-            for (int s = 0; s < ranks; ++s) count += num_rows(s, x);
+            for (int s = 0; s < ranks; ++s) {
+                if (target_.layout_range != nullptr) {
+                    target_.layout_range[x * ranks + s] = (count << 32) | num_rows(s, x);
+                }
+                count += num_rows(s, x);
+            }
             target_.recv_count[x] = static_cast<int32_t>(count);
+            if (target_.cumulative_count != nullptr) {
+                target_.cumulative_count[x] += static_cast<int32_t>(count);
+            }
             rows_received_ += static_cast<uint64_t>(count);
             if (target_.format == Format::kContiguous) {
                 target_.expert_offset[x] = static_cast<int32_t>(offset);
@@ -119,18 +133,23 @@ class Receive {
         const int messages = static_cast<int>(num_messages(source));
         bool good = true;
         for (int slot = 0; good && slot < messages; ++slot) good = read_message(source, slot);
-        context_.stats(chain_)->wait_ns[source] += waiter_.take_blocked_ns();
+        blocked_ns_ = waiter_.take_blocked_ns();
+        context_.stats(chain_)->wait_ns[source] += blocked_ns_;
+        if (target_.wait_ns != nullptr) target_.wait_ns[source] += blocked_ns_;
         for (int x = 0; x < local_experts_; ++x) next_row_[x] += num_rows(source, x);
         return good;
     }
 
     bool read_message(int source, int slot) {
-        const MessageLayout& layout = context_.layout.message;
-        uint8_t* message = context_.dispatch_at(context_.rank, chain_, source, slot);
-        if (!waiter_.wait(tag_of(message, layout.stride), source)) return false;
+        uint8_t* message = context_.dispatch_at(context_.rank, chain_, epoch_, source, slot);
+        if (!waiter_.wait(tag_of(message, context_.layout.message_stride), source)) return false;
         Entry entries[kMaxTopk];
-        std::memcpy(entries, message + layout.entries, sizeof(Entry) * context_.shape.topk);
-        RowRef* refs = context_.refs(chain_, source, slot);
+        std::memcpy(entries, message + layout_.entries, sizeof(Entry) * context_.shape.topk);
+        const int64_t index = int64_t{source} * context_.shape.max_tokens + slot;
+        MessageHeader header{};
+        std::memcpy(&header, message + layout_.header, sizeof(header));
+        target_.routing.tokens[index] = header.token;
+        RowRef* refs = target_.routing.refs + index * context_.shape.topk;
         return target_.format == Format::kCompact ? place_message(message, entries, refs)
                                                   : place_rows(source, message, entries, refs);
     }
@@ -153,7 +172,12 @@ class Receive {
                 return bad_count(source, num_rows(source, x), static_cast<uint64_t>(position));
             }
             const int64_t row = next_row_[x] + position;
-            copy_row(message, row);
+            copy_row(message, row, x);
+            if (target_.source_token != nullptr) {
+                std::memcpy(&target_.source_token[row],
+                            message + layout_.header + offsetof(MessageHeader, token),
+                            sizeof(int32_t));
+            }
             refs[used++] = {static_cast<int32_t>(row), entries[k].weight};
         }
         if (used < context_.shape.topk) refs[used] = {-1, 0.0f};
@@ -164,7 +188,7 @@ class Receive {
     bool place_message(const uint8_t* message, const Entry* entries, RowRef* refs) {
         const int topk = context_.shape.topk;
         const int64_t row = next_message_++;
-        copy_row(message, row);
+        copy_row(message, row, 0);
         for (int k = 0; k < topk; ++k) {
             const int x = local_expert(entries[k]);
             target_.topk_idx[row * topk + k] = x;
@@ -175,13 +199,33 @@ class Receive {
         return true;
     }
 
-    void copy_row(const uint8_t* message, int64_t row) {
+    // `x`: the local expert of the row.
+    void copy_row(const uint8_t* message, int64_t row, int x) {
         const Shape& shape = context_.shape;
-        const int64_t bytes = shape.row_bytes();
-        std::memcpy(target_.x + row * bytes, message + context_.layout.message.row, bytes);
-        if (shape.wire != Wire::kFp8) return;
-        std::memcpy(target_.scales + row * shape.num_scales(),
-                    message + context_.layout.message.scales, sizeof(float) * shape.num_scales());
+        const int64_t bytes = shape.row_bytes(target_.wire);
+        std::memcpy(target_.x + row * bytes, message + layout_.row, bytes);
+        const int num_scales = shape.num_scales(target_.wire);
+        if (num_scales == 0) return;
+        const ScaleTarget& to = target_.scales;
+        const bool batched = target_.format == Format::kBatched;
+        const int64_t within = batched ? row - int64_t{x} * shape.max_messages() : row;
+        uint32_t* words =
+            to.words + (batched ? int64_t{x} * to.expert_stride : 0) + within * to.row_stride;
+        std::vector<uint32_t>& scales = scales_;
+        scales.resize(static_cast<size_t>(num_scales));
+        std::memcpy(scales.data(), message + layout_.scales, sizeof(uint32_t) * scales.size());
+        const int num_words = to.ue8m0 ? static_cast<int>(ceil_div(num_scales, 4)) : num_scales;
+        for (int i = 0; i < num_words; ++i) {
+            words[int64_t{i} * to.group_stride] = to.ue8m0 ? packed_exponents(i) : scales[i];
+        }
+    }
+
+    uint32_t packed_exponents(int word) const {
+        uint32_t packed = 0;
+        for (size_t j = 0; j < 4 && 4 * word + j < scales_.size(); ++j) {
+            packed |= ue8m0(scales_[4 * word + j]) << (8 * j);
+        }
+        return packed;
     }
 
     void end_compact() {
@@ -204,11 +248,14 @@ class Receive {
     uint64_t epoch_;
     Where where_;
     Waiter waiter_;
+    MessageLayout layout_;
     int local_experts_;
     int64_t words_;                  // of one counts message
     std::vector<uint32_t> counts_;  // [R][words]: copies, so that what was checked is what is used
     std::vector<int64_t> next_row_;  // [L]: first row of the current source
+    std::vector<uint32_t> scales_;  // of the row being placed
     int64_t next_message_ = 0;
+    uint64_t blocked_ns_ = 0;
     uint64_t rows_received_ = 0;
 };
 
@@ -217,14 +264,9 @@ class Receive {
 void HostRank::dispatch_recv(int chain, const RecvTarget& target) {
     require_chain(chain);
     require_target(context_.shape, target);
-    const Where where{Op::kDispatch, chain};
-    if (!may_run(context_, where)) return;
-    const ChainState state = read_state(chain);
-    if (state.dispatched != state.combined) {
-        fail(context_, where, FaultCode::kSequence, /*peer=*/-1, state.combined, state.dispatched);
-        return;
-    }
-    const uint64_t epoch = state.combined + 1;
+    require_wire(target.wire);
+    if (!may_run(context_, {Op::kDispatch, chain})) return;
+    const uint64_t epoch = read_state(chain).dispatched + 1;
     if (Receive(context_, chain, target, epoch).run()) {
         store_relaxed(&context_.state(chain)->dispatched, epoch);
     }

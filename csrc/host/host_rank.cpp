@@ -58,7 +58,7 @@ StepStats HostRank::read_stats(int chain) const {
 ChainState HostRank::read_state(int chain) const {
     require_chain(chain);
     const ChainState* state = context_.state(chain);
-    return {load_relaxed(&state->dispatched), load_relaxed(&state->combined)};
+    return {load_relaxed(&state->dispatched), load_relaxed(&state->combined), 0, 0};
 }
 
 void HostRank::reset() {
@@ -73,6 +73,10 @@ void HostRank::require_chain(int chain) const {
         reject("chain " + std::to_string(chain) + " is not in 0.." +
                std::to_string(context_.shape.num_chains - 1));
     }
+}
+
+void HostRank::require_wire(Wire wire) const {
+    if (!context_.shape.allows(wire)) reject("a wire format that the shape has no room for");
 }
 
 void HostRank::require_tokens(int32_t num_tokens) const {

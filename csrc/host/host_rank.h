@@ -21,15 +21,14 @@ class HostRank {
     HostRank(const Shape& shape, int rank, const std::vector<uintptr_t>& heaps, uintptr_t local,
              uintptr_t fault);
 
-    // Sends never wait. All four are no-ops once a rank of the group has failed, and all throw
-    // std::invalid_argument for arguments that no shape allows.
+    // Sends never wait, but for weights that come with a combine. All four are no-ops once a rank
+    // of the group has failed, and all throw std::invalid_argument for arguments that no shape
+    // allows.
     void dispatch_send(int chain, const SendInput& input);
     void dispatch_recv(int chain, const RecvTarget& target);
-    // y: BF16 rows as the receive placed them, stride in elements.
-    void combine_send(int chain, const uint16_t* y, int64_t y_stride);
-    // out: BF16 [num_tokens, H], dense. Rows from *num_valid on, and tokens without expert, are
-    // zero.
-    void combine_recv(int chain, uint16_t* out, int32_t num_tokens, const int32_t* num_valid);
+    void combine_send(int chain, const CombineInput& in);
+    // Rows of the output from *num_valid on, and tokens without expert, are zero.
+    void combine_recv(int chain, const CombineOutput& out);
 
     void set_time_budget(uint64_t nanoseconds);
     StepStats read_stats(int chain) const;
@@ -40,6 +39,7 @@ class HostRank {
   private:
     void require_chain(int chain) const;
     void require_tokens(int32_t num_tokens) const;
+    void require_wire(Wire wire) const;
 
     Context context_{};
 };

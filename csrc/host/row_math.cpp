@@ -38,13 +38,15 @@ EP_BODY uint16_t largest_magnitude(const uint16_t* row, uint16_t limit) {
     return largest;
 }
 
-EP_BODY float quantise_group(const uint16_t* __restrict row, uint8_t* __restrict values) {
+EP_BODY float quantise_group(const uint16_t* __restrict row, uint8_t* __restrict values,
+                             bool round_scale) {
     constexpr uint16_t kInfinity = 0x7f80;
     const uint16_t largest = largest_magnitude(row, 0x7fff);
     const bool finite = largest < kInfinity;
     const float amax = bf16_to_float(finite ? largest : largest_magnitude(row, kInfinity));
     const float clamped = amax > kMinAmax ? amax : kMinAmax;
-    const float inverse = kFp8Max / clamped;
+    const Fp8Scale scale = fp8_scale(clamped, round_scale);
+    const float inverse = scale.inverse;
     if (finite) {
         for (int i = 0; i < kScaleGroup; ++i) {
             values[i] = finite_to_fp8(bf16_to_float(row[i]) * inverse);
@@ -54,13 +56,13 @@ EP_BODY float quantise_group(const uint16_t* __restrict row, uint8_t* __restrict
             values[i] = float_to_fp8(bf16_to_float(row[i]) * inverse);
         }
     }
-    return clamped / kFp8Max;
+    return scale.scale;
 }
 
 EP_BODY void quantise_body(const uint16_t* __restrict row, int n, uint8_t* __restrict values,
-                           float* __restrict scales) {
+                           float* __restrict scales, bool round_scale) {
     for (int start = 0; start < n; start += kScaleGroup) {
-        scales[start / kScaleGroup] = quantise_group(row + start, values + start);
+        scales[start / kScaleGroup] = quantise_group(row + start, values + start, round_scale);
     }
 }
 
@@ -78,8 +80,9 @@ EP_BODY void round_body(const float* __restrict sum, int n, uint16_t* __restrict
 }
 
 #define EP_ROW_MATH(NAME, TARGET)                                                                 \
-    TARGET void NAME##_quantise(const uint16_t* row, int n, uint8_t* values, float* scales) {     \
-        quantise_body(row, n, values, scales);                                                    \
+    TARGET void NAME##_quantise(const uint16_t* row, int n, uint8_t* values, float* scales,       \
+                                bool round_scale) {                                               \
+        quantise_body(row, n, values, scales, round_scale);                                       \
     }                                                                                             \
     TARGET void NAME##_multiply_add(float weight, const uint16_t* row, int n, float* sum) {       \
         multiply_add_body(weight, row, n, sum);                                                   \

@@ -7,8 +7,8 @@
 namespace ep::host {
 
 struct RowMath {
-    // BF16 [n] -> FP8 [n] and float [n / 128] scales. n: a multiple of 128.
-    void (*quantise)(const uint16_t* row, int n, uint8_t* values, float* scales);
+    // BF16 [n] -> FP8 [n] and float [n / 128] scales (ep/fp8.h). n: a multiple of 128.
+    void (*quantise)(const uint16_t* row, int n, uint8_t* values, float* scales, bool round_scale);
     // sum += weight * row, one rounding (fused).
     void (*multiply_add)(float weight, const uint16_t* row, int n, float* sum);
     // sum += row.

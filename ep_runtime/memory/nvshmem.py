@@ -55,6 +55,11 @@ def nvshmem_available() -> bool:
     return True
 
 
+def nvshmem_running() -> bool:
+    """True once a heap of this process was made of it."""
+    return _started is not None
+
+
 def _start(module: NvshmemModule, world: World, device: int) -> None:
     global _started
     wanted = (world.rank, world.num_ranks, device)

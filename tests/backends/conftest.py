@@ -9,12 +9,12 @@ import torch
 from groups import (
     GPU_PLACES,
     HOST_PLACES,
-    MULTI_PLACES,
     Group,
     Place,
     ProcessGroup,
     ProcessPool,
     VirtualGroup,
+    multi_places,
 )
 from support import new_rng
 
@@ -28,7 +28,7 @@ def _params() -> Iterator[object]:
         yield pytest.param(place, id=place.name)
     for place in GPU_PLACES:
         yield pytest.param(place, id=place.name, marks=pytest.mark.gpu)
-    for place in MULTI_PLACES:
+    for place in multi_places():
         yield pytest.param(place, id=place.name, marks=pytest.mark.multi)
 
 

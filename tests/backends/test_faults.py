@@ -21,7 +21,6 @@ from ep_runtime import (
     EpConfig,
     PeerTimeout,
     RoutingFault,
-    SequenceError,
     reference,
 )
 
@@ -119,42 +118,6 @@ def test_absent_rank_is_named_within_the_budget(
     assert all(isinstance(outcome, PeerTimeout) for outcome in late), late
     assert {outcome.peer for outcome in late} == {absent}
 
-    group.all("query", "reset")
-    good_pair(group, config, rng)
-
-
-def test_two_dispatches_without_combine_are_refused_and_reset_helps(
-    open_group: OpenGroup, place: Place, rng: torch.Generator
-) -> None:
-    config = random_config(rng, place.num_ranks, 256, 4)
-    group = open_group(config)
-    group.all("query", "set_time_budget", BUDGET_S)
-    group.dispatch([random_input(rng, config, 3) for _ in range(place.num_ranks)])
-    group.outcomes("dispatch", same_work(rng, config, group))
-    group.outcomes("receive", [(0,)] * place.num_ranks)
-    outcomes = group.outcomes("check", [()] * place.num_ranks)
-    # Who noticed says SequenceError; who was told first says that rank's number.
-    assert all(isinstance(o, SequenceError | DesyncError) for o in outcomes), outcomes
-    assert any(isinstance(o, SequenceError) and "combine was due" in str(o) for o in outcomes)
-    group.all("query", "reset")
-    good_pair(group, config, rng)
-
-
-def test_two_combines_of_one_dispatch_are_refused(
-    open_group: OpenGroup, place: Place, rng: torch.Generator
-) -> None:
-    config = random_config(rng, place.num_ranks, 256, 4)
-    group = open_group(config)
-    group.all("query", "set_time_budget", BUDGET_S)
-    inputs = [random_input(rng, config, 3) for _ in range(place.num_ranks)]
-    outputs = random_outputs(rng, reference.dispatch(config, inputs))
-    group.dispatch(inputs)
-    group.combine(outputs)
-    group.outcomes("combine", [(y, 0) for y in outputs])
-    group.outcomes("collect", [(0,)] * place.num_ranks)
-    outcomes = group.outcomes("check", [()] * place.num_ranks)
-    assert all(isinstance(o, SequenceError | DesyncError) for o in outcomes), outcomes
-    assert any(isinstance(o, SequenceError) and "dispatch was due" in str(o) for o in outcomes)
     group.all("query", "reset")
     good_pair(group, config, rng)
 

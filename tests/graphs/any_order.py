@@ -1,7 +1,7 @@
 """Drives chains through a random sequence of graph replays and eager calls, checking every result.
 
-Whatever a chain did before, the next thing on it is drawn from what is legal: a dispatch when it is
-idle, a combine when it has dispatched. Each is done in one of three ways:
+Whatever a chain did before, any dispatch and any combine may come next: graphs hold either alone,
+or several in an order of their own (KINDS). Each move is done in one of three ways:
 
     replay  a graph of the bucket (or mix of buckets) that fits
     eager   the same step on the same padded tensors, without the graph
@@ -13,7 +13,7 @@ Checks run on the device and are added up per move; the host reads them once, at
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,19 +26,28 @@ from cases import (
     draw_counts,
     rows_differ,
 )
-from steps import Steps, Tensors
+from steps import SETS, Step, Steps, Tensors
 
 from ep_runtime import Buffer
 from ep_runtime.graphs import DecodeGraphs
 
-# move: (operations on the chain, may start when idle, ends idle)
+# The parts of each move, as steps.py reads them.
 KINDS = {
-    "dispatch": (1, True, False),
-    "combine": (1, False, True),
-    "pair": (2, True, True),
-    "triple": (3, True, False),  # dispatch, combine, dispatch
-    "swap": (2, False, False),  # combine, dispatch
+    name: tuple(parts.split())
+    for name, parts in {
+        "dispatch": "d0 r0",
+        "dispatch apart": "d1 r1",
+        "combine": "c0 h0",
+        "combine apart": "c1 h1",
+        "pair": "d0 r0 c0 h0",
+        "swap": "c0 h0 d0 r0",
+        "two and two": "d0 r0 d1 r1 c1 h1 c0 h0",
+        "again": "c0 h0 a0 h0",
+        "beside": "d1 c0 r1 h0",
+        "beside apart": "c1 d0 h1 r0",
+    }.items()
 }
+BOTH = "both"  # chains, as two micro-batches
 WAYS = ("replay", "replay", "eager", "exact")
 
 
@@ -70,10 +79,10 @@ class Driver:
         self.own = random.Random(seed * 1000 + buffers[0].rank)
         self._steps = Steps(buffers)
         self._groups = self._draw_groups(seed)
-        self._open: list[Use | None] = [None, None]
-        self._operations = [0, 0]
+        self._made = [[0, 0], [0, 0]]  # dispatches and combines of each chain
         self._bad: list[torch.Tensor] = []
         self._moves: list[str] = []
+        self._held = self._fill_with_nothing()
         self._graphs = self._capture(buckets, mixed)
         self._epochs = [[buffer.epochs(chain) for chain in (0, 1)] for buffer in self.buffers]
 
@@ -103,85 +112,105 @@ class Driver:
 
         return [one(buffer.device) for buffer in self.buffers]
 
+    def _fill_with_nothing(self) -> dict[tuple[int, int], Use]:
+        """Dispatch no tokens into every set of tensors: then each has a handle to combine."""
+        nothing = (0,) * self.buffers[0].num_ranks
+        cases = next(cases for counts, cases in self._groups if counts == nothing)
+        held = {}
+        for chain in (0, 1):
+            for number in SETS:
+                step = self._steps.of((f"d{number}", f"r{number}"), chain)
+                step(self._inputs(0), [None] * len(self.buffers))
+                held[chain, number] = Use(cases[0], nothing, 0)
+        return held
+
     def _capture(
         self, buckets: Sequence[int], mixed: Sequence[Counts]
     ) -> dict[tuple[str, int], DecodeGraphs[list[Tensors], Sequence[int]]]:
         graphs: dict[tuple[str, int], DecodeGraphs[list[Tensors], Sequence[int]]] = {}
         pool = None
-        for kind, chain in [*((kind, chain) for kind in KINDS for chain in (0, 1)), ("both", 0)]:
-            step = self._steps.overlapped if kind == "both" else self._steps.of(kind, chain)
-            _, from_idle, to_idle = KINDS.get(kind, (0, True, True))
+        for kind, chain in [*((kind, chain) for kind in KINDS for chain in (0, 1)), (BOTH, 0)]:
             graphs[kind, chain] = DecodeGraphs(
                 self.buffers,
-                step,
+                self._step(kind, chain),
                 self._inputs,
                 buckets,
                 warmup=1,
                 pool=pool,
                 mixed=mixed,
-                open_chain=None if from_idle else self._runs_empty("dispatch", chain),
-                close_chain=None if to_idle else self._runs_empty("combine", chain),
             )
             pool = graphs[kind, chain].pool
         return graphs
 
-    def _runs_empty(self, kind: str, chain: int) -> Callable[[tuple[int, ...]], None]:
-        def run(_: tuple[int, ...]) -> None:
-            self._steps.of(kind, chain)(self._inputs(0), [None] * len(self.buffers))
-
-        return run
+    def _step(self, kind: str, chain: int) -> Step:
+        return self._steps.overlapped if kind == BOTH else self._steps.of(KINDS[kind], chain)
 
     # ---- the walk -------------------------------------------------------------------------------
 
     def run(self, num_operations: int) -> int:
         """Moves until that many operations per rank were made; returns how many were."""
-        while sum(self._operations) < num_operations or self._open != [None, None]:
-            chain = self.shared.randrange(2)
-            idle = self._open[chain] is None
-            if idle and self._open[1 - chain] is None and self.shared.random() < 0.2:
+        while self._operations() < num_operations:
+            if self.shared.random() < 0.1:
                 self._overlap()
-                continue
-            kinds = [kind for kind, (_, from_idle, _) in KINDS.items() if from_idle == idle]
-            if sum(self._operations) >= num_operations:
-                kinds = ["combine"] if not idle else []
-            if kinds:
-                self._move(self.shared.choice(kinds), chain)
-        return sum(self._operations)
+            else:
+                self._move(self.shared.choice(list(KINDS)), self.shared.randrange(2))
+        return self._operations()
+
+    def _operations(self) -> int:
+        return sum(map(sum, self._made))
 
     def _move(self, kind: str, chain: int) -> None:
-        operations, _, to_idle = KINDS[kind]
-        before = self._open[chain]
-        counts, cases = self._pick(before if kind in ("combine", "swap") else None)
+        parts = KINDS[kind]
+        counts, cases = self._pick(chain, parts)
         uses = [self._use(self.shared.choice(cases), counts) for _ in range(2)]
-        if kind == "combine":
-            assert before is not None
-            uses = [before, before]
-        self._begin(f"{kind} on chain {chain}", chain)
+        filled, wanted = self._plan(chain, parts, uses)
+        self._begin(f"{kind} on chain {chain}")
+        for number in filled:
+            self._poison(chain, number, rows=not _combined_first(parts, number))
         outputs = self._do(kind, chain, uses, counts)
-        if kind != "dispatch":
-            home = before if kind in ("combine", "swap") else uses[0]
-            assert home is not None
-            self._check_home(outputs, chain, home)
-        if kind != "combine":
-            self._check_received(chain, uses[1] if kind == "triple" else uses[0])
-        self._open[chain] = None if to_idle else uses[1 if kind == "triple" else 0]
-        self._operations[chain] += operations
+        for number, use in filled.items():
+            self._held[chain, number] = use
+            self._check_received(chain, number, use)
+        for name, (use, factor) in wanted.items():
+            self._check_home(outputs, name, use, factor)
+
+    def _plan(
+        self, chain: int, parts: Sequence[str], uses: Sequence[Use]
+    ) -> tuple[dict[int, Use], dict[str, tuple[Use, float]]]:
+        """What the sets hold after these parts, and what each output is a combine of."""
+        fresh, filled = iter(uses), dict[int, Use]()
+        wanted: dict[str, tuple[Use, float]] = {}
+        for part in parts:
+            kind, number = part[0], int(part[1])
+            if kind == "d":
+                filled[number] = next(fresh)
+                self._made[chain][0] += 1
+            elif kind in "ca":
+                use = filled.get(number, self._held[chain, number])
+                wanted[f"out{len(wanted)}"] = (use, 2.0 if kind == "a" else 1.0)
+                self._made[chain][1] += 1
+        return filled, wanted
 
     def _overlap(self) -> None:
-        counts, cases = self._pick(None)
+        counts, cases = self.shared.choice(self._groups)
         uses = [self._use(self.shared.choice(cases), counts) for _ in range(2)]
-        self._begin("both chains", 0, 1)
-        outputs = self._do("both", 0, uses, counts)
+        self._begin("both chains")
         for chain in (0, 1):
-            self._check_received(chain, uses[chain])
-            self._check_home(outputs, chain, uses[chain])
-            self._operations[chain] += 2
+            self._poison(chain, 0, rows=True)
+        outputs = self._do(BOTH, 0, uses, counts)
+        for chain in (0, 1):
+            self._held[chain, 0] = uses[chain]
+            self._check_received(chain, 0, uses[chain])
+            self._check_home(outputs, f"out{chain}", uses[chain])
+            self._made[chain] = [made + 1 for made in self._made[chain]]
 
-    def _pick(self, before: Use | None) -> tuple[Counts, list[list[RankCase]]]:
-        """Token counts and cases; those of what is to be combined, where there is such."""
-        if before is None:
-            return self.shared.choice(self._groups)
-        return next(group for group in self._groups if group[0] == before.counts)
+    def _pick(self, chain: int, parts: Sequence[str]) -> tuple[Counts, list[list[RankCase]]]:
+        """Token counts and cases; those of what was dispatched before, where that is combined."""
+        for number in SETS:
+            if _combined_first(parts, number):
+                before = self._held[chain, number].counts
+                return next(group for group in self._groups if group[0] == before)
+        return self.shared.choice(self._groups)
 
     def _use(self, ranks: list[RankCase], counts: Counts) -> Use:
         return Use(ranks, counts, self.shared.choice(EXPONENTS))
@@ -199,42 +228,48 @@ class Driver:
             return graphs.replay(inputs, mine)
         if way == "eager":
             return graphs.eager(inputs, mine)
-        step = self._steps.overlapped if kind == "both" else self._steps.of(kind, chain)
-        return step(inputs, [None] * len(inputs))
+        return self._step(kind, chain)(inputs, [None] * len(inputs))
 
     # ---- checks ---------------------------------------------------------------------------------
 
-    def _begin(self, text: str, *chains: int) -> None:
-        """Start a tally and poison what the move must write."""
+    def _begin(self, text: str) -> None:
+        """Start a tally."""
         self._moves.append(f"move {len(self._moves)}: {text}")
         self._bad.append(torch.zeros((), dtype=torch.int64, device=self.buffers[0].device))
-        for chain in chains:
-            for received in self._steps.received[chain]:
-                received.recv_count.fill_(-7)
-                received.num_messages.fill_(-7)
-                if self._open[chain] is None:  # else its rows are still to be combined
-                    received.x.view(torch.uint8).fill_(0xFF)
-                    if received.scales is not None:
-                        received.scales.fill_(torch.nan)
+
+    def _poison(self, chain: int, number: int, rows: bool) -> None:
+        """What a dispatch must write. rows: those too; else they are still to be combined."""
+        for received in self._steps.received[chain, number]:
+            assert received.source_token is not None
+            assert received.layout_range is not None
+            for tensor in (received.recv_count, received.num_messages, received.layout_range):
+                tensor.fill_(-7)
+            received.source_token.fill_(-7)
+            if rows:
+                received.x.view(torch.uint8).fill_(0xFF)
+                if received.scales is not None:
+                    received.scales.fill_(torch.nan)
 
     def _count(self, bad: torch.Tensor) -> None:
         self._bad[-1].add_(bad.to(self._bad[-1].device))
 
-    def _check_received(self, chain: int, use: Use) -> None:
-        for received, wanted in zip(self._steps.received[chain], use.ranks, strict=True):
+    def _check_received(self, chain: int, number: int, use: Use) -> None:
+        for received, wanted in zip(self._steps.received[chain, number], use.ranks, strict=True):
             scale = 2.0**use.exponent
             rows = wanted.rows if wanted.scales is not None else wanted.rows * scale
             self._count((received.recv_count != wanted.recv_count).sum())
             self._count((received.num_messages != wanted.num_messages).sum())
+            self._count((received.layout_range != wanted.layout_range).sum())
+            self._count(((received.source_token != wanted.source_token) & wanted.valid).sum())
             self._count(rows_differ(received.x, rows, wanted.valid))
             if received.scales is not None and wanted.scales is not None:
                 self._count(rows_differ(received.scales, wanted.scales * scale, wanted.valid))
 
-    def _check_home(self, outputs: list[Tensors], chain: int, use: Use) -> None:
+    def _check_home(self, outputs: list[Tensors], name: str, use: Use, factor: float = 1.0) -> None:
         for found, wanted in zip(outputs, use.ranks, strict=True):
-            out = found[f"out{chain}"]
+            out = found[name]
             assert out.shape == wanted.out.shape
-            self._count(beyond_one_ulp(out, wanted.out * 2.0**use.exponent))
+            self._count(beyond_one_ulp(out, wanted.out * (factor * 2.0**use.exponent)))
 
     def require_all_right(self) -> None:
         """Read the tallies, and the epochs: every operation has advanced its chain once."""
@@ -244,13 +279,20 @@ class Driver:
         for buffer, epochs in zip(self.buffers, self._epochs, strict=True):
             buffer.check()
             for chain in (0, 1):
-                pairs = self._operations[chain] // 2
-                start = epochs[chain]
-                assert buffer.epochs(chain) == (start[0] + pairs, start[1] + pairs)
+                wanted = [
+                    s + made for s, made in zip(epochs[chain], self._made[chain], strict=True)
+                ]
+                assert buffer.epochs(chain) == tuple(wanted)
 
     def replays(self) -> list[int]:
         """Launches of every graph so far."""
         return [r.replays for graphs in self._graphs.values() for r in graphs.report()]
+
+
+def _combined_first(parts: Sequence[str], number: int) -> bool:
+    """True if these parts combine what the set of tensors held before them."""
+    touched = [part[0] for part in parts if part[0] in "dca" and int(part[1]) == number]
+    return bool(touched) and touched[0] != "d"
 
 
 def _scaled(use: Use, rank: int, suffix: str) -> Tensors:

@@ -32,6 +32,8 @@ class RankCase:
     valid: torch.Tensor
     recv_count: torch.Tensor
     num_messages: torch.Tensor
+    source_token: torch.Tensor
+    layout_range: torch.Tensor
     out: torch.Tensor
 
     def to(self, device: torch.device) -> RankCase:
@@ -75,7 +77,8 @@ def draw_case(config: EpConfig, counts: Counts, seed: int) -> list[RankCase]:
     return [
         RankCase(
             one.x, one.topk_idx, one.topk_weights,
-            e.x, e.scales, e.valid, e.recv_count, e.num_messages, out,
+            e.x, e.scales, e.valid, e.recv_count, e.num_messages, e.source_token, e.layout_range,
+            out,
         )
         for one, e, out in zip(inputs, received, home, strict=True)
     ]  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from any_order import Driver
+from gpus import num_gpus
+from mps import daemon, share_of
 
 from ep_runtime import Buffer, EpConfig, World, virtual_ranks
 from ep_runtime.config import DispatchFormat
@@ -40,11 +42,14 @@ def test_virtual_ranks_on_one_gpu(num_ranks: int, dispatch_format: DispatchForma
 
 @pytest.mark.multi
 @pytest.mark.slow
-def test_virtual_ranks_on_two_gpus() -> None:
-    walk_virtual(4, "fp8", [0, 1])
+def test_virtual_ranks_on_every_gpu() -> None:
+    """A rank on each of many GPUs, two on each of two."""
+    gpus = num_gpus()
+    walk_virtual(max(4, gpus), "fp8", list(range(gpus)))
 
 
 def walk(world: World, dispatch_format: DispatchFormat) -> list[int]:
+    torch.set_num_threads(1)
     with Buffer(config(dispatch_format), world, backend="cuda") as buffer:
         driver = Driver([buffer], BUCKETS, seed=7)
         assert driver.run(OPERATIONS) >= OPERATIONS
@@ -59,6 +64,22 @@ def walk(world: World, dispatch_format: DispatchFormat) -> list[int]:
 def test_processes_that_choose_graphs_and_buckets_on_their_own(
     dispatch_format: DispatchFormat,
 ) -> None:
-    replays = launch(walk, 2, dispatch_format, gpu_per_rank=True, timeout_s=110)
+    require_own_ways(launch(walk, num_gpus(), dispatch_format, gpu_per_rank=True, timeout_s=110))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="every process has a GPU here, above")
+def test_processes_that_share_the_gpu(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with daemon(tmp_path_factory.mktemp("mps")) as found:
+        for name, value in {**found, **share_of(2), "EP_MEMORY": "ipc"}.items():
+            monkeypatch.setenv(name, value)
+        require_own_ways(launch(walk, 2, "fp8", gpu_per_rank=True, timeout_s=110))
+
+
+def require_own_ways(replays: list[list[int]]) -> None:
+    """All ranks made the same operations, each as it chose."""
     assert min(sum(mine) for mine in replays) >= OPERATIONS // 5
-    assert replays[0] != replays[1]  # the same operations, made in different ways
+    assert len({tuple(mine) for mine in replays}) == len(replays)

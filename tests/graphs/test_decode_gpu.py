@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import RankCase, beyond_one_ulp, draw_case
-from steps import Step, Steps, Tensors
+from steps import PAIR, Step, Steps, Tensors
 
 from ep_runtime import Buffer, CaptureError, EpConfig, PeerTimeout, virtual_ranks
 from ep_runtime.graphs import DecodeGraphs, driver
@@ -59,7 +59,7 @@ def followed_by(step: Step, more: Callable[[], Any]) -> Step:
 
 
 def test_the_graph_holds_our_kernels_and_one_reset_per_rank(buffers: list[Buffer]) -> None:
-    audit = capture(buffers, Steps(buffers).of("pair", 1)).audit(8)
+    audit = capture(buffers, Steps(buffers).of(PAIR, 1)).audit(8)
     assert audit.problems == ()
     assert sum(audit.our_kernels.values()) >= 4 * RANKS
     regions = {buffer.stats_region(1) for buffer in buffers}
@@ -70,7 +70,7 @@ def test_the_graph_holds_our_kernels_and_one_reset_per_rank(buffers: list[Buffer
 
 
 def test_resets_precede_every_kernel_of_ours(buffers: list[Buffer]) -> None:
-    graph = capture(buffers, Steps(buffers).of("pair", 0)).audit(2).graph
+    graph = capture(buffers, Steps(buffers).of(PAIR, 0)).audit(2).graph
     ours = {node.index for node in graph.nodes if node.ours}
     for node in graph.nodes:
         if node.kind == gn.MEMSET and node.num_bytes == buffers[0].stats_region(0)[1]:
@@ -78,7 +78,7 @@ def test_resets_precede_every_kernel_of_ours(buffers: list[Buffer]) -> None:
 
 
 def test_statistics_are_those_of_the_last_replay(buffers: list[Buffer]) -> None:
-    graphs = capture(buffers, Steps(buffers).of("pair", 0))
+    graphs = capture(buffers, Steps(buffers).of(PAIR, 0))
     inputs, case = draw((5, 8), seed=1)
     for _ in range(3):
         graphs.replay(inputs, (5, 8))
@@ -89,7 +89,7 @@ def test_statistics_are_those_of_the_last_replay(buffers: list[Buffer]) -> None:
 
 
 def test_replay_neither_synchronises_nor_allocates(buffers: list[Buffer]) -> None:
-    graphs = capture(buffers, Steps(buffers).of("pair", 0))
+    graphs = capture(buffers, Steps(buffers).of(PAIR, 0))
     inputs, case = draw((3, 1), seed=2)
     graphs.replay(inputs, (3, 1))
     torch.cuda.synchronize()
@@ -108,7 +108,7 @@ def test_replay_neither_synchronises_nor_allocates(buffers: list[Buffer]) -> Non
 
 @pytest.mark.parametrize("counts", [(0, 0), (0, 8), (1, 2), (8, 8)])
 def test_replay_equals_eager_bit_for_bit(buffers: list[Buffer], counts: tuple[int, ...]) -> None:
-    graphs = capture(buffers, Steps(buffers).of("pair", 0))
+    graphs = capture(buffers, Steps(buffers).of(PAIR, 0))
     inputs, case = draw(counts, seed=3)
     eager = [rank["out0"].clone() for rank in graphs.eager(inputs, counts)]
     for static in graphs.static_outputs(graphs.buckets.pick(max(counts))):
@@ -127,7 +127,7 @@ def test_a_copy_to_the_host_is_rejected_with_a_remedy(buffers: list[Buffer]) -> 
         pinned.copy_(source, non_blocking=True)
 
     with pytest.raises(CaptureError, match="copies to the host"):
-        capture(buffers, followed_by(Steps(buffers).of("pair", 0), copy_out))
+        capture(buffers, followed_by(Steps(buffers).of(PAIR, 0), copy_out))
 
 
 def test_a_host_callback_is_rejected(buffers: list[Buffer]) -> None:
@@ -144,7 +144,7 @@ def test_a_host_callback_is_rejected(buffers: list[Buffer]) -> None:
             calls.append(1)
 
     with pytest.raises(CaptureError, match=r"host\) is not allowed"):
-        capture(buffers, followed_by(Steps(buffers).of("pair", 0), call_host))
+        capture(buffers, followed_by(Steps(buffers).of(PAIR, 0), call_host))
     assert calls == [1]
 
 
@@ -188,13 +188,13 @@ def test_a_reset_added_to_a_kept_graph_is_read_back_and_works() -> None:
 
 
 def test_a_lost_peer_surfaces_at_a_later_replay_and_reset_recovers(buffers: list[Buffer]) -> None:
-    graphs = capture(buffers, Steps(buffers).of("pair", 0))
+    graphs = capture(buffers, Steps(buffers).of(PAIR, 0))
     for buffer in buffers:
         buffer.set_time_budget(0.2)
     inputs, case = draw((2, 2), seed=5)
     lonely, mine = buffers[0], inputs[0]
     lonely.dispatch(mine["x"], mine["idx"], mine["weights"], chain=1)
-    lonely._ops.dispatch_recv(1, lonely._inboxes[1].target, 0)  # rank 1 never sends
+    lonely._ops.dispatch_recv(1, lonely._inboxes[1].target(None, None), 0)  # rank 1 never sends
     torch.cuda.synchronize()
     with pytest.raises(PeerTimeout) as caught:
         graphs.replay(inputs, (2, 2))

@@ -45,15 +45,15 @@ def counts_of_rank_1(word: int) -> int:
 def test_impossible_counts_end_the_group(sent: list[Buffer], word: int, value: int) -> None:
     overwrite(sent, counts_of_rank_1(word), value)
     with pytest.raises(DesyncError, match=r"rank 1 announced"):
-        sent[0]._open[0].wait()  # type: ignore[union-attr]
+        sent[0]._open["dispatch", 0].wait()  # type: ignore[union-attr]
     with pytest.raises(DesyncError, match="rank 0 got impossible counts from rank 1"):
-        sent[1]._open[0].wait()  # type: ignore[union-attr]
+        sent[1]._open["dispatch", 0].wait()  # type: ignore[union-attr]
 
 
 def test_reset_repairs_the_heap(sent: list[Buffer]) -> None:
     overwrite(sent, counts_of_rank_1(0), 77)
     with pytest.raises(DesyncError):
-        sent[0]._open[0].wait()  # type: ignore[union-attr]
+        sent[0]._open["dispatch", 0].wait()  # type: ignore[union-attr]
     for buffer in sent:
         buffer.reset()
     idx = torch.tensor([[0, 4]])

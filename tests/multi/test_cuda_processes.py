@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gpus import num_gpus
 from groups import ProcessGroup, ProcessPool
 from support import (
     check_combined,
@@ -27,7 +28,7 @@ from ep_runtime import ConfigError, EpConfig, PeerTimeout, reference
 pytestmark = pytest.mark.multi
 
 CONFIG = EpConfig(num_experts=16, topk=4, hidden=512, max_tokens=24)
-RANKS = 2
+RANKS = num_gpus()
 BUDGET_S = 1.0
 
 
@@ -36,15 +37,30 @@ def memory_kinds() -> list[str]:
     return ["ipc", "nvshmem"] if built else ["ipc"]
 
 
-@pytest.fixture(params=["ipc", "nvshmem"])
-def pool(request: pytest.FixtureRequest) -> Iterator[ProcessPool]:
-    """Fresh processes, their memory chosen by EP_MEMORY."""
+@pytest.fixture(scope="module", params=["ipc", "nvshmem"])
+def pools(request: pytest.FixtureRequest) -> Iterator[list[ProcessPool]]:
+    """The processes of the tests so far, their memory chosen by EP_MEMORY; the last may be used."""
     if request.param not in memory_kinds():
         pytest.skip("ep_runtime._nvshmem was not built (nvcc or nvidia-nvshmem-cu13 is missing)")
-    started = ProcessPool(RANKS, "cuda", environment={"EP_MEMORY": request.param})
-    started.memory = request.param
+    started = [_start(request.param)]
     yield started
-    started.stop()
+    started[-1].stop()
+
+
+@pytest.fixture
+def pool(pools: list[ProcessPool]) -> ProcessPool:
+    """New ones only after a test that broke some: starting one on every GPU takes seconds."""
+    last = pools[-1]
+    if not last.as_new:
+        last.stop()
+        pools.append(_start(last.memory))
+    return pools[-1]
+
+
+def _start(memory: str) -> ProcessPool:
+    pool = ProcessPool(RANKS, "cuda", environment={"EP_MEMORY": memory})
+    pool.memory = memory
+    return pool
 
 
 def good_pair(group: ProcessGroup, rng: torch.Generator, chain: int = 0) -> None:
@@ -77,7 +93,7 @@ def test_graphs_of_each_rank_replay_with_different_buckets(pool: ProcessPool) ->
     rng = new_rng()
     group = ProcessGroup(CONFIG, pool)
     good_pair(group, rng)
-    buckets = [24, 8]
+    buckets = [(24, 8)[rank % 2] for rank in range(RANKS)]
     group.each("capture", [(rows, 0) for rows in buckets])
     for _ in range(20):
         counts = [random_counts(rng, 1, rows)[0] for rows in buckets]
@@ -91,8 +107,9 @@ def test_graphs_of_each_rank_replay_with_different_buckets(pool: ProcessPool) ->
     group.close()
 
 
-def test_different_configurations_are_refused_on_both_ranks(pool: ProcessPool) -> None:
-    answers = pool.ask([("open", CONFIG), ("open", replace(CONFIG, topk=5))])
+def test_different_configurations_are_refused_on_every_rank(pool: ProcessPool) -> None:
+    others = [("open", CONFIG)] * (RANKS - 1)
+    answers = pool.ask([*others, ("open", replace(CONFIG, topk=5))])
     for answer in answers:
         assert isinstance(answer, ConfigError), answer
         assert "topk" in str(answer)
@@ -101,7 +118,7 @@ def test_different_configurations_are_refused_on_both_ranks(pool: ProcessPool) -
     group.close()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, RANKS - 1])
 def test_killed_rank_is_named_and_the_context_survives(pool: ProcessPool, victim: int) -> None:
     rng = new_rng()
     group = ProcessGroup(CONFIG, pool)
@@ -111,15 +128,19 @@ def test_killed_rank_is_named_and_the_context_survives(pool: ProcessPool, victim
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    other = 1 - victim
-    alone: list[tuple[object, ...] | None] = [None, None]
-    alone[other] = (random_input(rng, CONFIG, 8), 0)
+
+    def survivors(method: str, arguments: list[tuple[object, ...]]) -> list[object]:
+        given = [None if rank == victim else arguments[rank] for rank in range(RANKS)]
+        outcomes = group.outcomes(method, given)
+        return outcomes[:victim] + outcomes[victim + 1 :]
+
+    others = RANKS - 1
     started = time.monotonic()
-    assert group.outcomes("dispatch", alone)[other] is None
-    alone[other] = (0,)
-    outcome = group.outcomes("receive_alone", alone)[other]
+    work: list[tuple[object, ...]] = [(random_input(rng, CONFIG, 8), 0) for _ in range(RANKS)]
+    assert survivors("dispatch", work) == [None] * others
+    outcomes = survivors("receive_alone", [(0,)] * RANKS)
     assert time.monotonic() - started < BUDGET_S + 5
-    assert isinstance(outcome, PeerTimeout), outcome
-    assert outcome.peer == victim
-    alone[other] = ()
-    assert group.outcomes("use_gpu", alone)[other] == 100.0
+    for outcome in outcomes:
+        assert isinstance(outcome, PeerTimeout), outcome
+        assert outcome.peer == victim
+    assert survivors("use_gpu", [()] * RANKS) == [100.0] * others

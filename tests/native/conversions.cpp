@@ -22,7 +22,7 @@ void bf16_to_floats(const uint16_t* in, int n, float* out) {
     for (int i = 0; i < n; ++i) out[i] = ep::bf16_to_float(in[i]);
 }
 void quantise(int portable, const uint16_t* row, int n, uint8_t* values, float* scales) {
-    math(portable).quantise(row, n, values, scales);
+    math(portable).quantise(row, n, values, scales, /*round_scale=*/false);
 }
 void multiply_add(int portable, float weight, const uint16_t* row, int n, float* sum) {
     math(portable).multiply_add(weight, row, n, sum);

@@ -52,31 +52,80 @@ struct Group {
     void meet() { pthread_barrier_wait(&barrier); }
 };
 
-// One rank's tensors for one chain.
+// One rank's receive tensors, and the dispatch that used them last.
 struct Tensors {
-    std::vector<uint8_t> x;
-    std::vector<float> scales, topk_weights;
-    std::vector<int32_t> recv_count, expert_offset, topk_idx, num_messages;
+    std::vector<uint8_t> x, routing_bytes;
+    std::vector<uint32_t> scales;
+    std::vector<float> topk_weights;
+    std::vector<int32_t> recv_count, expert_offset, topk_idx, num_messages, source_token,
+        cumulative;
+    std::vector<int64_t> layout_range, wait_ns;
     std::vector<uint16_t> y, out;
-    std::vector<Input> inputs;  // of every rank
+    int64_t rows;
+    plain::Call call{};
+    std::vector<Input> inputs;            // of every rank
     std::vector<plain::Arrival> arrived;  // at this rank
+    std::vector<float> late;              // weights of the combine in flight
+    bool valid = false;                   // received: combines may use it
 
     explicit Tensors(const Shape& s)
         : recv_count(s.num_local_experts()),
           expert_offset(s.num_local_experts() + 1),
-          num_messages(s.num_ranks) {
-        const int64_t rows = int64_t{s.num_local_experts()} * s.max_messages() + 64 * kAlignment;
-        x.resize(rows * s.row_bytes());
-        scales.resize(rows * s.num_scales() + 1);
+          num_messages(s.num_ranks),
+          cumulative(s.num_local_experts()),
+          layout_range(s.num_experts),
+          wait_ns(s.num_ranks),
+          rows(int64_t{s.num_local_experts()} * s.max_messages() + 64 * kAlignment) {
+        x.resize(rows * s.row_bytes(s.wire));
+        routing_bytes.assign(ep::RoutingLayout::make(s).bytes, kPoison);
+        scales.resize(rows * (s.hidden / ep::kScaleGroup + s.opaque_scales));
         y.resize(rows * s.hidden);
         topk_idx.resize(int64_t{s.max_messages()} * s.topk);
         topk_weights.resize(topk_idx.size());
+        source_token.resize(rows);
         out.resize(int64_t{s.max_tokens} * s.hidden);
     }
-    ep::RecvTarget target(Format format) {
-        return {format,          kAlignment,          x.data(),
-                scales.data(),   recv_count.data(),   expert_offset.data(),
-                topk_idx.data(), topk_weights.data(), num_messages.data()};
+    ep::Routing routing(const Shape& s) { return ep::Routing::at(routing_bytes.data(), s); }
+    ep::SendInput send(const Shape& s, int rank) {
+        const Input& mine = inputs[rank];
+        return {.wire = call.wire,
+                .round_scale = call.round_scale,
+                .x = mine.x.data(),
+                .row_stride = plain::given_bytes(s),
+                .scales = mine.scales.data(),
+                .scale_row_stride = 1,
+                .scale_group_stride = mine.rows,
+                .topk_idx = mine.topk_idx.data(),
+                .idx_bytes = 8,
+                .weights = call.late ? nullptr : mine.weights.data(),
+                .num_tokens = mine.rows,
+                .num_valid = &mine.valid,
+                .routing = routing(s)};
+    }
+    // Scales lie scale by scale (an expert's together), as many words to each as `rows`.
+    ep::RecvTarget target(const Shape& s, Format format) {
+        const bool batched = format == Format::kBatched;
+        const int32_t columns = batched ? s.max_messages() : static_cast<int32_t>(rows);
+        return {.format = format,
+                .wire = call.wire,
+                .alignment = kAlignment,
+                .x = x.data(),
+                .scales = {scales.data(), false, columns * s.num_scales(call.wire), 1, columns},
+                .recv_count = recv_count.data(),
+                .expert_offset = expert_offset.data(),
+                .topk_idx = topk_idx.data(),
+                .topk_weights = topk_weights.data(),
+                .num_messages = num_messages.data(),
+                .source_token = batched ? source_token.data() : nullptr,
+                .layout_range = batched ? layout_range.data() : nullptr,
+                .cumulative_count = cumulative.data(),
+                .wait_ns = wait_ns.data(),
+                .routing = routing(s)};
+    }
+    uint32_t scale(const Shape& s, Format format, int64_t row, int g) const {
+        const int64_t columns = format == Format::kBatched ? s.max_messages() : rows;
+        const int64_t expert = row / columns;
+        return scales[(expert * s.num_scales(call.wire) + g) * columns + row % columns];
     }
 };
 

@@ -23,7 +23,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("recv_format", [0, 1, 2], ids=["batched", "contiguous", "compact"])
-@pytest.mark.parametrize("wire", [0, 1], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("wire", [0, 1, 2], ids=["bf16", "fp8", "opaque"])
 @pytest.mark.parametrize(
     ("num_ranks", "hidden", "topk"),
     [

@@ -47,7 +47,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return build(directory / "host_threads", sources, *sanitize)
 
 
-@pytest.mark.parametrize("wire", [0, 1], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("wire", [0, 1, 2], ids=["bf16", "fp8", "opaque"])
 @pytest.mark.parametrize("recv_format", [0, 1, 2], ids=["batched", "contiguous", "compact"])
 def test_threads_move_every_row_and_the_sanitizer_is_silent(
     program: Path, recv_format: int, wire: int

@@ -22,6 +22,7 @@ CASE = Case(
     impl="ep_runtime",
     mode="fused",
     num_ranks=2,
+    ranks_per_gpu=1,
     num_tokens=8,
     hidden=256,
     topk=2,

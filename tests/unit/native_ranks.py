@@ -12,6 +12,7 @@ from torch import Tensor
 from ep_runtime import _C
 
 FP8 = torch.float8_e4m3fn
+Routing = Sequence[Tensor]  # the memory of one dispatch's handle, on every rank
 FORMATS = {
     "batched": _C.RECV_BATCHED,
     "contiguous": _C.RECV_CONTIGUOUS,
@@ -104,10 +105,18 @@ class Received:
         self.topk_weights = torch.full((messages, s.topk), -7.0)
         self.num_messages = torch.full((s.num_ranks,), -7, dtype=torch.int32)
 
-    def target(self) -> _C.RecvTarget:
+    def target(self, shape: _C.Shape, routing: Tensor) -> _C.RecvTarget:
         compact = self.recv_format == _C.RECV_COMPACT
         contiguous = self.recv_format == _C.RECV_CONTIGUOUS
+        groups = self.scales.shape[1]
+        rows_of_expert = self.sizes.num_ranks * self.sizes.max_tokens
         return _C.RecvTarget(
+            shape,
+            routing=routing.data_ptr(),
+            wire=_C.WIRE_FP8 if self.sizes.fp8 else _C.WIRE_BF16,
+            scale_expert_stride=rows_of_expert * groups,
+            scale_row_stride=groups,
+            scale_group_stride=1,
             format=self.recv_format,
             alignment=self.alignment,
             x=self.x.data_ptr(),
@@ -138,42 +147,89 @@ class Ranks:
         ]
         for rank in self.ranks:
             rank.set_time_budget(int(budget_seconds * 1e9))
+        self.routing = [self.new_routing() for _ in range(sizes.num_chains)]  # [chain][rank]
 
-    def dispatch_send(self, rank: int, step: Step, chain: int = 0) -> None:
-        self.ranks[rank].dispatch_send(
-            chain,
-            step.x.data_ptr(),
-            step.x.stride(0),
-            step.topk_idx.data_ptr(),
-            step.topk_idx.element_size(),
-            step.weights.data_ptr(),
-            step.x.shape[0],
-            0 if step.num_tokens is None else step.num_tokens.data_ptr(),
+    def new_routing(self) -> list[Tensor]:
+        """Poisoned memory for one dispatch's handle, on every rank."""
+        size = (self.layout["routing_bytes"],)
+        return [torch.full(size, 0xAB, dtype=torch.uint8) for _ in range(self.sizes.num_ranks)]
+
+    def _routing(self, rank: int, chain: int, routing: Routing | None) -> Tensor:
+        return (self.routing[chain] if routing is None else routing)[rank]
+
+    def dispatch_send(
+        self, rank: int, step: Step, chain: int = 0, routing: Routing | None = None
+    ) -> None:
+        given = self.send_input(step, self._routing(rank, chain, routing))
+        self.ranks[rank].dispatch_send(chain, given)
+
+    def send_input(self, step: Step, routing: Tensor) -> _C.SendInput:
+        return _C.SendInput(
+            self.shape,
+            routing=routing.data_ptr(),
+            wire=_C.WIRE_FP8 if self.sizes.fp8 else _C.WIRE_BF16,
+            x=step.x.data_ptr(),
+            x_stride=2 * step.x.stride(0),
+            topk_idx=step.topk_idx.data_ptr(),
+            idx_bytes=step.topk_idx.element_size(),
+            weights=step.weights.data_ptr(),
+            num_tokens=step.x.shape[0],
+            num_tokens_address=0 if step.num_tokens is None else step.num_tokens.data_ptr(),
         )
 
     def dispatch_recv(
-        self, rank: int, chain: int = 0, recv_format: int = _C.RECV_BATCHED
+        self,
+        rank: int,
+        chain: int = 0,
+        recv_format: int = _C.RECV_BATCHED,
+        routing: Routing | None = None,
     ) -> Received:
         received = Received(self.sizes, recv_format)
-        self.ranks[rank].dispatch_recv(chain, received.target())
+        target = received.target(self.shape, self._routing(rank, chain, routing))
+        self.ranks[rank].dispatch_recv(chain, target)
         return received
 
     def dispatch(
-        self, steps: Sequence[Step], chain: int = 0, recv_format: int = _C.RECV_BATCHED
+        self,
+        steps: Sequence[Step],
+        chain: int = 0,
+        recv_format: int = _C.RECV_BATCHED,
+        routing: Routing | None = None,
     ) -> list[Received]:
         for rank, step in enumerate(steps):
-            self.dispatch_send(rank, step, chain)
-        return [self.dispatch_recv(r, chain, recv_format) for r in range(len(steps))]
+            self.dispatch_send(rank, step, chain, routing)
+        return [self.dispatch_recv(r, chain, recv_format, routing) for r in range(len(steps))]
 
-    def combine(self, steps: Sequence[Step], ys: Sequence[Tensor], chain: int = 0) -> list[Tensor]:
-        for rank, y in zip(self.ranks, ys, strict=True):
-            rank.combine_send(chain, y.data_ptr(), y.stride(0))
-        return [self.combine_recv(r, step, chain) for r, step in enumerate(steps)]
+    def combine(
+        self,
+        steps: Sequence[Step],
+        ys: Sequence[Tensor],
+        chain: int = 0,
+        routing: Routing | None = None,
+    ) -> list[Tensor]:
+        for rank, y in enumerate(ys):
+            self.combine_send(rank, y, chain, routing)
+        return [self.combine_recv(r, step, chain, routing) for r, step in enumerate(steps)]
 
-    def combine_recv(self, rank: int, step: Step, chain: int = 0) -> Tensor:
+    def combine_send(
+        self, rank: int, y: Tensor, chain: int = 0, routing: Routing | None = None
+    ) -> None:
+        address = self._routing(rank, chain, routing).data_ptr()
+        given = _C.CombineInput(self.shape, routing=address, y=y.data_ptr(), y_stride=y.stride(0))
+        self.ranks[rank].combine_send(chain, given)
+
+    def combine_recv(
+        self, rank: int, step: Step, chain: int = 0, routing: Routing | None = None
+    ) -> Tensor:
         out = torch.full((step.x.shape[0], self.sizes.hidden), torch.nan, dtype=torch.bfloat16)
-        valid = 0 if step.num_tokens is None else step.num_tokens.data_ptr()
-        self.ranks[rank].combine_recv(chain, out.data_ptr(), out.shape[0], valid)
+        output = _C.CombineOutput(
+            self.shape,
+            routing=self._routing(rank, chain, routing).data_ptr(),
+            out=out.data_ptr(),
+            num_tokens=out.shape[0],
+            num_tokens_address=0 if step.num_tokens is None else step.num_tokens.data_ptr(),
+        )
+        self.ranks[rank].combine_recv(chain, output)
         return out
 
     def fault(self, rank: int) -> _C.Fault | None:
@@ -191,16 +247,21 @@ class Ranks:
         """A 32-bit word of a rank's heap, to read or to damage."""
         return ctypes.c_uint32.from_address(self.heaps[owner].address + offset)
 
-    def counts_offset(self, chain_zero_epoch: int, source: int) -> int:
+    def counts_offset(self, epoch: int, source: int) -> int:
         """Offset of a counts message of chain 0."""
-        index = (chain_zero_epoch & 1) * self.sizes.num_ranks + source
+        index = (epoch & 1) * self.sizes.num_ranks + source
         return 128 + index * self.layout["counts_stride"]
 
-    def message_offset(self, source: int, slot: int) -> int:
+    def ready_offset(self, epoch: int, source: int) -> int:
+        """Offset of the line that says that `source` is in a combine of chain 0."""
+        index = (epoch & 1) * self.sizes.num_ranks + source
+        return self.counts_offset(0, 2 * self.sizes.num_ranks) + 128 * index
+
+    def message_offset(self, epoch: int, source: int, slot: int) -> int:
         """Offset of a dispatched message of chain 0."""
-        counts = 2 * self.sizes.num_ranks * self.layout["counts_stride"]
         index = source * self.sizes.max_tokens + slot
-        return 128 + counts + index * self.layout["message_stride"]
+        half = (epoch & 1) * self.layout["dispatch_half"]
+        return self.layout["dispatch_offset"] + half + index * self.layout["message_stride"]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,10 @@ GOOD = EpConfig(num_experts=16, topk=4, hidden=256, max_tokens=32)
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"num_chains": 0}, "num_chains=0"),
         ({"num_chains": 9}, "num_chains=9.*1 to 8"),
-        ({"dispatch_format": "fp4"}, "dispatch_format='fp4'.*bf16, fp8"),
+        ({"dispatch_format": "fp4"}, "dispatch_format='fp4'.*bf16, fp8, opaque"),
+        ({"scale_format": "e8m0"}, "scale_format='e8m0'.*float32, ue8m0"),
+        ({"opaque_row_bytes": 64}, "opaque_row_bytes=64 with dispatch_format='fp8'.*opaque"),
+        ({"opaque_scale_words": 2}, "opaque_scale_words=2 with dispatch_format='fp8'"),
         ({"recv_format": "packed"}, "recv_format='packed'.*batched, contiguous, compact"),
         ({"alignment": 0, "recv_format": "contiguous"}, "alignment=0"),
         ({"alignment": 16}, "alignment=16.*contiguous"),
@@ -37,6 +40,28 @@ GOOD = EpConfig(num_experts=16, topk=4, hidden=256, max_tokens=32)
 def test_bad_value_is_named_with_its_limit(change: dict[str, Any], value_and_limit: str) -> None:
     with pytest.raises(ConfigError, match=re.compile(value_and_limit, re.DOTALL)):
         replace(GOOD, **change)
+
+
+OPAQUE = replace(GOOD, dispatch_format="opaque", opaque_row_bytes=144, opaque_scale_words=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "value_and_limit"),
+    [
+        ({"opaque_row_bytes": 0}, "opaque_row_bytes=0.*16 to 32768"),
+        ({"opaque_row_bytes": 40}, "opaque_row_bytes=40.*multiple of 16"),
+        ({"opaque_row_bytes": 32784}, "opaque_row_bytes=32784.*16 to 32768"),
+        ({"opaque_scale_words": -1}, "opaque_scale_words=-1.*0 to 4096"),
+        ({"opaque_scale_words": 4097}, "opaque_scale_words=4097.*0 to 4096"),
+        ({"scale_format": "ue8m0"}, "the caller does.*defaults"),
+        ({"round_scale": True}, "the caller does.*defaults"),
+    ],
+)
+def test_bad_opaque_rows_are_named_with_their_limit(
+    change: dict[str, Any], value_and_limit: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.compile(value_and_limit, re.DOTALL)):
+        replace(OPAQUE, **change)
 
 
 def test_experts_divide_over_ranks() -> None:
@@ -62,6 +87,11 @@ def test_fingerprint_tells_every_field_and_the_number_of_ranks() -> None:
         {"num_chains": 3},
         {"dispatch_format": "bf16"},
         {"recv_format": "compact"},
+        {"scale_format": "ue8m0"},
+        {"round_scale": True},
+        {"dispatch_format": "opaque", "opaque_row_bytes": 16},
+        {"dispatch_format": "opaque", "opaque_row_bytes": 32},
+        {"dispatch_format": "opaque", "opaque_row_bytes": 32, "opaque_scale_words": 1},
     ]
     prints = {replace(GOOD, **change).fingerprint(2) for change in changes}
     prints |= {GOOD.fingerprint(2), GOOD.fingerprint(4)}

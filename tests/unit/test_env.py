@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from ep_runtime import env
@@ -60,7 +62,29 @@ def test_a_default_for_another_library_yields_to_the_user(monkeypatch: pytest.Mo
     assert env.set_default("NVSHMEM_PROBE", "ours") == "ours"
 
 
+def test_a_directory_goes_first_in_a_search_path_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SOME_PATH", raising=False)
+    assert env.prepend_path("SOME_PATH", "/a") == "/a"
+    assert env.prepend_path("SOME_PATH", "/b") == f"/b{os.pathsep}/a"
+    assert env.prepend_path("SOME_PATH", "/a") == f"/b{os.pathsep}/a"
+    monkeypatch.delenv("SOME_PATH")
+
+
 def test_every_variable_is_documented_once() -> None:
     names = [name for name, _, _ in env.documentation()]
     assert len(names) == len(set(names)) == len(Env.__dataclass_fields__)
     assert all(meaning for _, _, meaning in env.documentation())
+
+
+def test_defaults_for_other_processes_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EP_TIMEOUT_S", "3")
+    monkeypatch.delenv("EP_MEMORY", raising=False)
+
+    def fail_inside() -> None:
+        with env.defaults({"EP_TIMEOUT_S": "9", "EP_MEMORY": "ipc"}):
+            assert (env.read().timeout_s, env.read().memory) == (3.0, "ipc")
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
+    assert (env.read().timeout_s, env.read().memory) == (3.0, "auto")

@@ -20,11 +20,12 @@ LAYERS = (
     {"world", "launch"},
     {"memory"},
     {"layout"},
-    {"ops", "faults", "handles", "order", "validate"},
+    {"ops", "faults", "handles", "order", "receive", "validate"},
     {"buffer", "connect", "pending", "rank", "virtual"},
+    {"normal"},
     {"graphs"},
     {"scheduler"},
-    {"lm", "bench", "integrations", "reference"},
+    {"lm", "bench", "integrations", "reference", "reference_wire"},
     {"cli", "cli_bench", "cli_tables", "decoding", "doctor", "__main__"},
 )
 # Alternatives: neither knows of the other.
@@ -116,7 +117,17 @@ def test_the_layers_are_those_of_the_architecture_document() -> None:
         assert written <= layer
 
 
-HOT_PARTS = ("ops", "buffer", "graphs", "scheduler", "memory", "pending", "rank", "virtual")
+HOT_PARTS = (
+    "ops",
+    "buffer",
+    "graphs",
+    "scheduler",
+    "memory",
+    "pending",
+    "rank",
+    "virtual",
+    "normal",
+)
 HOT = [m for m in SOURCES if part_of(m) in HOT_PARTS]
 
 

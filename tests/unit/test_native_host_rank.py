@@ -219,6 +219,32 @@ def test_chains_do_not_touch_each_other() -> None:
     assert group.ranks[0].read_state(1) == (3, 3)
 
 
+@wires
+@formats
+def test_dispatches_and_combines_need_not_alternate(recv_format: int, fp8: bool) -> None:
+    """On one chain; each combine is of the dispatch that its handle names."""
+    sizes = Sizes(fp8=fp8)
+    group = Ranks(sizes)
+    steps, routing, received = [], [], []
+    for operation in ("D", "D", "D", 2, 0, "D", 1, 3, 0):
+        if operation == "D":
+            steps.append([random_step(sizes, t) for t in torch.randint(0, 13, (4,)).tolist()])
+            routing.append(group.new_routing())
+            received.append(group.dispatch(steps[-1], 0, recv_format, routing[-1]))
+            for rank, got in enumerate(received[-1]):
+                check_received(got, steps[-1], rank)
+            continue
+        which = int(operation)
+        expert = torch.randn(sizes.num_experts).bfloat16().tolist()
+        ys = [answers(got, steps[which], r, expert) for r, got in enumerate(received[which])]
+        outs = group.combine(steps[which], ys, 0, routing[which])
+        for source, out in enumerate(outs):
+            want, slack = expected_combine(steps[which], expert, source)
+            assert bool(((out.double() - want).abs() <= slack).all())
+    assert [rank.read_state(0) for rank in group.ranks] == [(4, 5)] * 4
+    assert [group.fault(r) for r in range(4)] == [None] * 4
+
+
 def test_the_same_input_gives_the_same_bits() -> None:
     sizes = Sizes()
     group = Ranks(sizes)
@@ -244,6 +270,7 @@ def test_statistics_add_up_until_they_are_zeroed(fp8: bool) -> None:
     found = [arrivals(sizes, steps, rank) for rank in range(4)]
     for rank in range(4):
         stats = group.ranks[rank].read_stats(0)
+        assert stats.pop("wait_ns") == [0] * _C.limits()["max_ranks"]  # all had sent before
         sent = 3 * sum(a.source == rank for list_ in found for a in list_)
         received = 3 * len(found[rank])
         assert stats == {
@@ -254,4 +281,6 @@ def test_statistics_add_up_until_they_are_zeroed(fp8: bool) -> None:
             "bytes_combined": received * 2 * sizes.hidden,
         }
     group.reset()
-    assert set(group.ranks[0].read_stats(0).values()) == {0}
+    stats = group.ranks[0].read_stats(0)
+    assert set(stats.pop("wait_ns")) == {0}
+    assert set(stats.values()) == {0}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from ep_runtime import EpConfig, reference
 from ep_runtime.reference import RankInput
+from ep_runtime.reference_wire import pack_ue8m0
 
 CONFIG = EpConfig(
     num_experts=4, topk=2, hidden=128, max_tokens=3, dispatch_format="bf16", recv_format="batched"
@@ -42,6 +44,19 @@ def test_batched_rows_come_by_expert_then_source_then_token() -> None:
     assert second.x[0, :2, 0].tolist() == [10, 21]
     assert second.x[1, :2, 0].tolist() == [20, 21]
     assert second.num_messages.tolist() == [1, 2]
+
+
+def test_batched_rows_know_their_token_and_sources_their_range() -> None:
+    first, second = reference.dispatch(CONFIG, two_ranks())
+    assert first.source_token is not None
+    assert first.source_token[0, :3].tolist() == [0, 1, 0]
+    assert first.source_token[1, :1].tolist() == [1]
+    assert first.layout_range is not None
+    assert first.layout_range.tolist() == [[2, (2 << 32) | 1], [1, 1 << 32]]
+    assert second.source_token is not None
+    assert second.layout_range is not None
+    assert second.layout_range.tolist() == [[1, (1 << 32) | 1], [0, 2]]
+    assert second.source_token[1, :2].tolist() == [0, 1]
 
 
 def test_contiguous_experts_start_at_multiples_of_the_alignment() -> None:
@@ -140,3 +155,25 @@ def test_quantisation_error_is_that_of_e4m3() -> None:
     error = (reference.dequantize_fp8(*reference.quantize_fp8(x)) - x.float()).abs()
     amax = x.float().abs().unflatten(-1, (-1, 128)).amax(-1).repeat_interleave(128, -1)
     assert (error <= x.float().abs() / 16 + amax * 2.0**-9 / 448).all()
+
+
+@pytest.mark.parametrize(
+    ("largest", "scale", "value"),
+    [(448.0, 1.0, 448.0), (450.0, 2.0, 224.0), (896.0, 2.0, 448.0), (0.5, 2.0**-9, 256.0)],
+)
+def test_rounded_scales_are_the_next_power_of_two(
+    largest: float, scale: float, value: float
+) -> None:
+    x = torch.zeros(1, 128).bfloat16()
+    x[0, 3] = largest
+    values, scales = reference.quantize_fp8(x, round_scale=True)
+    assert scales.tolist() == [[scale]]
+    assert values[0, 3].float() == value
+    assert not values[0, :3].float().any()
+
+
+def test_exponents_lie_four_to_a_word_lowest_group_first() -> None:
+    scales = torch.tensor([[1.0, 2.0, 0.5, 4.0, 2.0**-22]])
+    words = pack_ue8m0(scales)
+    assert words.dtype == torch.int32
+    assert words.tolist() == [[(127 | 128 << 8 | 126 << 16 | 129 << 24) - (1 << 32), 105]]

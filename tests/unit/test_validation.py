@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from good_calls import CONFIG, ROWS, arguments, bf16, dispatch
 
-from ep_runtime import Buffer, EpConfig, SequenceError, ShapeError, virtual_ranks
-
-CONFIG = EpConfig(num_experts=8, topk=4, hidden=256, max_tokens=16)
-ROWS = 5
+from ep_runtime import Buffer, SequenceError, ShapeError, virtual_ranks
 
 
 @pytest.fixture
@@ -20,26 +18,6 @@ def buffers() -> Iterator[list[Buffer]]:
     yield made
     for buffer in made:
         buffer.close()
-
-
-def arguments() -> dict[str, Any]:
-    """What a good dispatch takes."""
-    return {
-        "x": torch.zeros(ROWS, 256, dtype=torch.bfloat16),
-        "topk_idx": torch.full((ROWS, 4), -1),
-        "topk_weights": torch.zeros(ROWS, 4),
-    }
-
-
-def dispatch(buffer: Buffer, **changes: Any) -> Any:
-    given = {**arguments(), **changes}
-    return buffer.dispatch(
-        given.pop("x"), given.pop("topk_idx"), given.pop("topk_weights"), **given
-    )
-
-
-def bf16(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.bfloat16)
 
 
 BAD_DISPATCH: list[tuple[dict[str, Any], str]] = [
@@ -135,15 +113,73 @@ def test_receive_is_waited_for_once(buffers: list[Buffer]) -> None:
         pending[0].wait()
 
 
-def test_second_operation_needs_the_first_ones_wait(buffers: list[Buffer]) -> None:
+def test_second_operation_of_a_kind_needs_the_first_ones_wait(buffers: list[Buffer]) -> None:
     pending = [dispatch(buffer) for buffer in buffers]
     with pytest.raises(SequenceError, match=r"chain 0.*dispatch was not waited for.*wait\(\)"):
         dispatch(buffers[0])
     dispatch(buffers[0], chain=1)  # another chain does not mind
     received = [p.wait() for p in pending]
-    buffers[0].combine(bf16(4, 32, 256), received[0].handle)
+    back = [b.combine(bf16(4, 32, 256), r.handle) for b, r in zip(buffers, received, strict=True)]
     with pytest.raises(SequenceError, match="combine was not waited for"):
-        dispatch(buffers[0])
+        buffers[0].combine(bf16(4, 32, 256), received[0].handle)
+    again = [dispatch(b, out=b.new_receive()) for b in buffers]  # nor does the other kind
+    for one in [*back, *again]:
+        one.wait()
+
+
+def test_receive_tensors_are_taken_only_once_nothing_in_flight_needs_them(
+    buffers: list[Buffer],
+) -> None:
+    apart = [buffer.new_receive() for buffer in buffers]
+    sent = [dispatch(b, out=into) for b, into in zip(buffers, apart, strict=True)]
+    with pytest.raises(SequenceError, match=r"chain 1: a dispatch on chain 0.*new_receive\(\)"):
+        dispatch(buffers[0], chain=1, out=apart[0])
+    received = [p.wait() for p in sent]
+    y = bf16(4, 32, 256)
+    back = [b.combine(y, r.handle) for b, r in zip(buffers, received, strict=True)]
+    for chain in (0, 1):
+        with pytest.raises(SequenceError, match=f"chain {chain}: a combine on chain 0"):
+            dispatch(buffers[0], chain=chain, out=apart[0])
+    assert not received[0].handle.stale  # nothing was done
+    for one in back:
+        one.wait()
+    for buffer, into in zip(buffers, apart, strict=True):
+        dispatch(buffer, chain=1, out=into)
+    for buffer in buffers:
+        buffer.reset()
+    for one in [dispatch(b, out=into) for b, into in zip(buffers, apart, strict=True)]:
+        one.wait()
+
+
+def test_handle_is_stale_once_its_receive_tensors_are_used_again(buffers: list[Buffer]) -> None:
+    received = [p.wait() for p in [dispatch(buffer) for buffer in buffers]]
+    old = [one.handle for one in received]
+    assert not old[0].stale
+    apart = [buffer.new_receive() for buffer in buffers]
+    kept = [
+        p.wait() for p in [dispatch(b, out=into) for b, into in zip(buffers, apart, strict=True)]
+    ]
+    assert not old[0].stale  # the other dispatch had tensors of its own
+    sent = [dispatch(buffer) for buffer in buffers]
+    assert old[0].stale  # from the send on: rows may come at once
+    for one in sent:
+        one.wait()
+    with pytest.raises(SequenceError, match=r"chain 0, 5 rows.*stale.*new_receive\(\)"):
+        buffers[0].combine(bf16(4, 32, 256), old[0])
+    back = [b.combine(bf16(4, 32, 256), r.handle) for b, r in zip(buffers, kept, strict=True)]
+    for one in back:
+        one.wait()
+    for p in [dispatch(b, out=into) for b, into in zip(buffers, apart, strict=True)]:
+        p.wait()
+    with pytest.raises(SequenceError, match="stale"):
+        buffers[1].combine(bf16(4, 32, 256), kept[1].handle)
+
+
+def test_a_refused_dispatch_leaves_handles_as_they_are(buffers: list[Buffer]) -> None:
+    received = [p.wait() for p in [dispatch(buffer) for buffer in buffers]]
+    with pytest.raises(ShapeError):
+        dispatch(buffers[0], x=torch.zeros(ROWS, 256))
+    assert not received[0].handle.stale
 
 
 def test_virtual_rank_waits_only_after_all_have_sent(buffers: list[Buffer]) -> None:

@@ -67,6 +67,7 @@ struct Cta {
     std::shared_ptr<Meeting> barrier;
     std::vector<std::unique_ptr<Warp>> warps;
     int running = 0;
+    int arrivals = 0;  // at the barrier that most warps do not wait for
 };
 
 inline Lane* current = nullptr;

@@ -25,6 +25,15 @@ inline uint64_t global_timer_ns() {
     return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
 }
 inline void keep(int32_t) {}
+template <int kThreads>
+void arrive_with(uint64_t) {
+    ++emulator::current->cta->arrivals;
+}
+template <int kThreads>
+void await_arrivals() {
+    ++emulator::current->cta->arrivals;
+    while (emulator::current->cta->arrivals < kThreads) emulator::pause();
+}
 inline void allow_next_kernel() {}
 inline void await_previous_kernel() {}
 
