@@ -11,6 +11,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 HOST_STEPS = ("combine", "dispatch_recv", "dispatch_send", "faults", "host_rank", "waiter")
+NORMAL_STEPS = ("normal_rank", "normal_dispatch", "normal_combine", "faults", "waiter", "row_math")
 
 
 def compiler() -> str:

@@ -8,10 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from native_build import HERE, build, host_sources
+from native_build import HERE, NORMAL_STEPS, build, host_sources
 from test_native_threads import SANITIZERS, require_sanitizer, run
 
-NORMAL_STEPS = ("normal_rank", "normal_dispatch", "normal_combine", "faults", "waiter", "row_math")
 STEPS = 300
 
 pytestmark = pytest.mark.slow

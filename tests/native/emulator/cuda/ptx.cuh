@@ -1,6 +1,9 @@
 // Stands before csrc/cuda/ptx.cuh on the include path: its functions, without PTX.
 #pragma once
 
+#include <deque>
+#include <map>
+
 #include "emulator/emulator.h"
 #include "ep/fp8.h"
 
@@ -23,6 +26,55 @@ inline uint32_t pack_bf16x2(float lo, float hi) {
 }
 inline uint64_t global_timer_ns() {
     return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
+}
+inline uint64_t load_acquire_sys(const uint64_t* p) { return *p; }
+inline void store_release_sys(uint64_t* p, uint64_t v) { *p = v; }
+inline void store_release_sys(int32_t* p, int32_t v) { *p = v; }
+inline uint32_t add_acq_rel_gpu(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
+
+// Bulk loads are there at once: a barrier word counts its phases. Bulk stores are made as late as
+// the kernel allows, so that a stage that is filled again too early gives wrong bytes.
+struct BulkStore {
+    void* to;
+    const void* from;
+    uint32_t bytes;
+};
+struct BulkStores {
+    std::vector<BulkStore> open;
+    std::deque<std::vector<BulkStore>> committed;
+};
+inline std::map<const emulator::Lane*, BulkStores> bulk_stores;
+
+inline void fence_async() {}
+inline void init_arrival(uint64_t* barrier) { *barrier = 0; }
+inline void start_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+    if (bytes == 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
+    std::memcpy(to, from, bytes);
+    ++*barrier;
+}
+inline void await_load(uint64_t* barrier, uint32_t parity) {
+    while ((*barrier & 1) == parity) emulator::pause();
+}
+inline void start_store(void* to, const void* from, uint32_t bytes) {
+    if (bytes == 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(to) % 16 != 0) std::abort();
+    bulk_stores[emulator::current].open.push_back({to, from, bytes});
+}
+inline void commit_stores() {
+    BulkStores& mine = bulk_stores[emulator::current];
+    mine.committed.push_back(std::move(mine.open));
+    mine.open.clear();
+}
+template <int kLeft>
+void await_stores() {
+    auto& committed = bulk_stores[emulator::current].committed;
+    while (committed.size() > kLeft) {
+        for (const BulkStore& s : committed.front()) std::memcpy(s.to, s.from, s.bytes);
+        committed.pop_front();
+    }
+}
+template <int kLeft>
+void await_stores_read() {
+    await_stores<kLeft>();
 }
 inline void keep(int32_t) {}
 template <int kThreads>

@@ -1,0 +1,51 @@
+"""The CUDA steps of the normal operations without a GPU, beside the host backend: the same bytes.
+
+As test_kernel_steps.py: every CUDA thread is a fibre, bulk copies happen at once; memory order is
+for runs on GPUs.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+from native_build import HERE, NORMAL_STEPS, build, host_sources
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sources = [HERE / "normal_steps.cpp", *host_sources(*NORMAL_STEPS)]
+    flags = ["-O1", f"-I{HERE / 'emulator'}", "-Wno-unknown-pragmas"]
+    return build(tmp_path_factory.mktemp("normal") / "normal_steps", sources, *flags)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_experts", "row_bytes", "num_scales", "topk", "tokens", "ctas"),
+    [
+        pytest.param(1, 4, 1024, 8, 2, 7, 2, id="one rank"),
+        pytest.param(2, 8, 512, 2, 4, 9, 3, id="two ranks, scales"),
+        pytest.param(3, 6, 256, 0, 9, 20, 4, id="three ranks, more than eight choices"),
+        pytest.param(5, 10, 256, 1, 32, 7, 3, id="five ranks, most choices"),
+        pytest.param(2, 8, 16384, 3, 4, 5, 2, id="rows in several pieces"),
+        pytest.param(2, 4, 256, 0, 2, 600, 2, id="more rows than a combine has chunks"),
+    ],
+)
+def test_steps_give_the_host_backends_bytes(
+    program: Path,
+    num_ranks: int,
+    num_experts: int,
+    row_bytes: int,
+    num_scales: int,
+    topk: int,
+    tokens: int,
+    ctas: int,
+) -> None:
+    seed = random.randrange(1 << 31)
+    sizes = (num_ranks, num_experts, row_bytes, num_scales, topk, tokens, ctas, seed)
+    done = subprocess.run(
+        [str(program), *map(str, sizes)], capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    assert done.stdout == "the kernels' steps and the host backend agree\n"
