@@ -25,7 +25,7 @@ test: $(VENV)/.built  ## every test this machine can run; skipped ones are liste
 	$(RUN) -m pytest -rs $(ARGS)
 
 gpu-test: $(VENV)/.built  ## the whole GPU suite; fails where there is no GPU
-	$(RUN) -m pytest -rs --require-gpu -m "gpu or multi" $(ARGS)
+	$(RUN) -m benchmarks.gpu_suite $(ARGS)
 
 scale-test: $(VENV)/.built  ## on all GPUs of a host, in 9 minutes: their tests, random replays, benchmarks
 	$(RUN) -m benchmarks.scale_test $(ARGS)

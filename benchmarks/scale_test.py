@@ -5,8 +5,8 @@
     make scale-test ARGS="--dry-run --gpus 8"         # what would run on eight GPUs
 
 The tests of several GPUs and the random replays with a rank on every GPU, then the benchmarks
-beside every installed peer. On one GPU the tests of one GPU run, and benchmarks with two ranks that
-share it under MPS, which measures no link.
+beside every installed peer, what matters most first. On one GPU the tests of one GPU run, and
+benchmarks with two ranks that share it under MPS, which measures no link.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu_suite import ALL_GPUS, ONE_GPU, PER_GPU, beside, find_workers
 from benchmarks.timed_parts import Part, run_parts, summary
 from ep_runtime.bench import report
 from ep_runtime.bench.records import read_records
@@ -31,22 +32,30 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 TOTAL_S = 540.0
 SPARE_S = 8.0  # at the end, for plots of benchmarks that were ended early
 SHARED_RANKS = 2  # on one GPU
-DECODE_EXPERTS = (256, 288)
+DECODE_EXPERTS = 256
+MORE_EXPERTS = 288  # with redundant ones
 PREFILL_EXPERTS = 256
 DECODE_TOKENS = "1,8,32,64,128"  # in Buffers of 128 tokens, as a decode server has them
 LARGE_TOKENS = "512,1024"
 PREFILL_TOKENS = "4096"
-FIRST_TESTS = ("tests/multi", "tests/backends", "tests/normal")
+FIRST_TESTS = ("tests/backends", "tests/normal")
 REPLAY_TEST = "tests/graphs/test_any_order_gpu.py"
+OURS = ("--peers", "none", "--no-parts")  # what is quickest
 TABLES = 70  # lines of a benchmark's output that hold its tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is to run. gpus: of this host; with_normal: `ep-runtime bench` has `normal`."""
+    """What is to run.
+
+    gpus         of this host
+    with_normal  `ep-runtime bench` has `normal`
+    workers      of pytest-xdist, for tests that others do not disturb; 0: one by one
+    """
 
     gpus: int
     with_normal: bool
+    workers: int = 0
     out: Path = Path("benchmarks/results")
     label: str = "scale"
 
@@ -54,22 +63,27 @@ class Request:
     def ranks(self) -> int:
         return self.gpus if self.gpus > 1 else SHARED_RANKS
 
-    def experts(self, wanted: Sequence[int]) -> list[int]:
-        """Those that the ranks can share equally."""
-        return [number for number in wanted if number % self.ranks == 0]
+    def unshared(self, experts: int) -> str:
+        """Why so many experts cannot be used, or "": the ranks must have equally many."""
+        return f"E={experts} is no multiple of {self.ranks} ranks" if experts % self.ranks else ""
 
 
 def plan(request: Request) -> list[Part]:
     """All parts, the most important first. Their shares add up to less than TOTAL_S."""
-    marked = "gpu and not multi" if request.gpus == 1 else "multi"
+    one = request.gpus == 1
+    marked, alone = (ONE_GPU, "alone") if one else (ALL_GPUS, "alone and multi")
+    workers = beside(request.workers // request.gpus)
+    large, more = f"{request.label}-large", f"{request.label}-more"
     others = [folder for folder in folders_with_tests() if folder not in FIRST_TESTS]
     suite = [*FIRST_TESTS, *others, "--timeout=60", f"--ignore={REPLAY_TEST}"]
     return [
-        _tests("suite", marked, suite, 220),
-        _tests("replay", marked, [REPLAY_TEST], 75),
-        _low_latency("low-latency", request, DECODE_TOKENS, request.label, 110),
-        _normal(request, 75),
-        _low_latency("large", request, LARGE_TOKENS, f"{request.label}-large", 45),
+        _tests("suite", marked, [*suite, *workers], 125),
+        _tests("alone", alone, suite, 75),
+        _tests("replay", "gpu and not multi" if one else "multi", [REPLAY_TEST], 75),
+        _low_latency("low-latency", request, DECODE_EXPERTS, DECODE_TOKENS, request.label, 105),
+        _normal(request, 65),
+        _low_latency("large", request, DECODE_EXPERTS, LARGE_TOKENS, large, 45),
+        _low_latency("more", request, MORE_EXPERTS, DECODE_TOKENS, more, 40, OURS),
     ]
 
 
@@ -88,11 +102,10 @@ def notes(request: Request) -> list[str]:
         said.append("tests that use one GPU are left to `make gpu-test`")
         if request.gpus not in (2, 4, 8):
             said.append("tests use 2, 4 or 8 GPUs, benchmarks all of them")
-    said += [
-        f"E={number} is left out: no multiple of {request.ranks} ranks"
-        for number in DECODE_EXPERTS
-        if number not in request.experts(DECODE_EXPERTS)
-    ]
+    wanted = (DECODE_EXPERTS, MORE_EXPERTS)
+    said += [f"left out: {why}" for why in map(request.unshared, wanted) if why]
+    if not request.workers:
+        said.append("no pytest-xdist: tests run one by one, and may not all find the time")
     return said
 
 
@@ -101,25 +114,30 @@ def _tests(name: str, marked: str, more: Sequence[str], share_s: float) -> Part:
     return Part(name=name, command=(*pytest, *more), share_s=share_s, lines=20)
 
 
-def _low_latency(name: str, request: Request, tokens: str, label: str, share_s: float) -> Part:
-    experts = request.experts(DECODE_EXPERTS)
-    options = ["--tokens", tokens, "--experts", ",".join(map(str, experts))]
-    options += ["--topk", "8", "--hidden", "7168"]
+def _low_latency(
+    name: str,
+    request: Request,
+    experts: int,
+    tokens: str,
+    label: str,
+    share_s: float,
+    more: Sequence[str] = (),
+) -> Part:
+    options = ["--tokens", tokens, "--experts", str(experts), "--topk", "8", "--hidden", "7168"]
+    options += more
     return Part(
         name=name,
         command=_bench("low-latency", request, options, label),
         share_s=share_s,
-        skip="" if experts else f"no E is a multiple of {request.ranks} ranks",
+        skip=request.unshared(experts),
         lines=TABLES,
     )
 
 
 def _normal(request: Request, share_s: float) -> Part:
-    skip = ""
+    skip = request.unshared(PREFILL_EXPERTS)
     if not request.with_normal:
         skip = "`ep-runtime bench` has no command `normal` in this build"
-    elif not request.experts([PREFILL_EXPERTS]):
-        skip = f"E={PREFILL_EXPERTS} is no multiple of {request.ranks} ranks"
     command = _bench("normal", request, ["--tokens", PREFILL_TOKENS], request.label)
     return Part(name="normal", command=command, share_s=share_s, skip=skip, lines=TABLES)
 
@@ -187,6 +205,7 @@ def _request(options: argparse.Namespace) -> Request:
     return Request(
         gpus=gpus,
         with_normal=any(command.name == "normal" for command in app.registered_commands),
+        workers=gpus * PER_GPU if options.dry_run else find_workers(),
         out=options.out,
         label=options.label,
     )

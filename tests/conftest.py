@@ -52,9 +52,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail where tests marked gpu would be skipped for want of a GPU or a CUDA build",
     )
+    parser.addoption(
+        "--gpu-per-worker",
+        action="store_true",
+        help="with pytest-xdist: one GPU for each worker, in turn; skips tests marked multi",
+    )
+
+
+def _choose_gpu(worker: str) -> None:
+    """Let worker gw<n> of pytest-xdist see one GPU alone, as yet without starting CUDA."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = listed.split(",") if listed else [str(n) for n in range(torch.cuda.device_count())]
+    if visible:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(worker[2:]) % len(visible)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu-per-worker") and hasattr(config, "workerinput"):
+        _choose_gpu(config.workerinput["workerid"])
     problem = _package_problem()
     if problem is None and config.getoption("--require-gpu"):
         problem = _gpu_problem()
@@ -70,8 +85,19 @@ def pytest_report_header() -> str:
     return f"ep_runtime: {gpus} GPUs, native module {cuda} CUDA, torch {torch.__version__}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _slow_first(items: list[pytest.Item]) -> None:
+    """Slow tests first, a quick one behind each: every worker begins with two tests."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = [item for item in items if not item.get_closest_marker("slow")]
+    pairs = [item for pair in zip(slow, quick, strict=False) for item in pair]
+    shorter = min(len(slow), len(quick))
+    items[:] = [*pairs, *slow[shorter:], *quick[shorter:]]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`multi` implies `gpu`: both are skipped with the reason that applies here."""
+    if hasattr(config, "workerinput"):
+        _slow_first(items)
     gpu_problem = _gpu_problem()
     count = torch.cuda.device_count()
     for item in items:

@@ -6,6 +6,11 @@ import torch
 
 SIZES = (8, 4, 2)  # their numbers of experts are multiples of these
 
+# Environment of a process that is one rank, and of what it starts. tests/conftest.py asks for other
+# values for ranks that are threads, which a process only suffers from: all kernels take seconds to
+# load, and MPS has so few queues that four processes with 32 each are refused ("out of memory").
+OWN_PROCESS = {"CUDA_MODULE_LOADING": "LAZY", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+
 
 def num_gpus() -> int:
     """Two, four or eight, as many as there are; two where the tests will be skipped.

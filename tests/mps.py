@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpus import OWN_PROCESS
 
 CONTROL = "nvidia-cuda-mps-control"
 
@@ -21,7 +22,7 @@ def daemon(place: Path) -> Iterator[dict[str, str]]:
     if shutil.which(CONTROL) is None:
         pytest.skip(f"{CONTROL} is not installed")
     found = {"CUDA_MPS_PIPE_DIRECTORY": str(place), "CUDA_MPS_LOG_DIRECTORY": str(place)}
-    environment = {**os.environ, **found}
+    environment = {**os.environ, **OWN_PROCESS, **found}
     subprocess.run([CONTROL, "-d"], env=environment, check=True, timeout=20)
     yield found
     subprocess.run([CONTROL], input="quit\n", text=True, env=environment, check=True, timeout=20)

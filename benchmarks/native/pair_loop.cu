@@ -3,11 +3,12 @@
 //
 //   nvcc -std=c++20 -O3 -arch=sm_90 -Icsrc -o build/pair_loop benchmarks/native/pair_loop.cu
 //       csrc/cuda/*.cu   (all on one line)
-//   build/pair_loop [--one-gpu] [--sms N]
+//   build/pair_loop [--one-gpu] [--sms N] [--fused]
 //
 // A rank per GPU where there are two. With one, or with --one-gpu, both ranks share GPU 0, each on
 // a stream of its own with N SMs' worth of CTAs: no link is measured then, and only runs of this
-// kind on the same GPU may be compared. On two GPUs N limits the SMs too; 0 is all.
+// kind on the same GPU may be compared. On two GPUs N limits the SMs too; 0 is all. --fused leaves
+// the split kernels out.
 //
 // One host thread per rank; 50 pairs in one graph, the slower rank's median of 20 replays. BF16
 // lines check themselves (the experts are the identity, so combine must give x times the sum of the
@@ -277,7 +278,10 @@ bool measure(const Case& c, const Place& place) {
         const Fault& fault = reinterpret_cast<FaultBoard*>(shared.faults[rank].address())->fatal;
         if (fault.code == 0) continue;
         right = false;
-        std::printf("  FAULT %u on rank %d, peer %d", fault.code, rank, fault.peer);
+        std::printf("  FAULT %u on rank %d, operation %u, peer %d: expected %llu, seen %llu",
+                    fault.code, rank, fault.op, fault.peer,
+                    static_cast<unsigned long long>(fault.expected),
+                    static_cast<unsigned long long>(fault.seen));
     }
     std::puts("");
     std::fflush(stdout);
@@ -294,6 +298,7 @@ Place on_one_gpu(bool pdl, int num_sms) {
 
 struct Options {
     bool one_gpu = false;
+    bool fused_only = false;
     int num_sms = 0;
 };
 
@@ -301,6 +306,8 @@ bool parse(int argc, char** argv, Options& options) {
     for (int i = 1; i < argc; ++i) {
         if (std::strcmp(argv[i], "--one-gpu") == 0) {
             options.one_gpu = true;
+        } else if (std::strcmp(argv[i], "--fused") == 0) {
+            options.fused_only = true;
         } else if (std::strcmp(argv[i], "--sms") == 0 && i + 1 < argc) {
             options.num_sms = std::atoi(argv[++i]);
             if (options.num_sms < 1) return false;
@@ -316,7 +323,7 @@ bool parse(int argc, char** argv, Options& options) {
 int main(int argc, char** argv) {
     Options options;
     if (!parse(argc, argv, options)) {
-        std::fprintf(stderr, "usage: %s [--one-gpu] [--sms N], N at least 1\n", argv[0]);
+        std::fprintf(stderr, "usage: %s [--one-gpu] [--sms N] [--fused], N at least 1\n", argv[0]);
         return 2;
     }
     const int gpus = device_count();
@@ -336,13 +343,15 @@ int main(int argc, char** argv) {
     }
     bool right = true;
     for (const bool fused : {false, true}) {
+        if (options.fused_only && !fused) continue;
         for (const int t : {1, 8, 128}) {
             right &= measure({"bf16 batched", t, 256, Wire::kBf16, Format::kBatched, fused, kPdl},
                              place);
         }
     }
     for (const bool fused : {false, true}) {
-        for (const int t : {1, 8, 32, 64, 128}) {
+        if (options.fused_only && !fused) continue;
+        for (const int t : {1, 8, 32, 64, 128, 512, 1024}) {
             right &=
                 measure({"fp8 batched", t, 256, Wire::kFp8, Format::kBatched, fused, kPdl}, place);
         }

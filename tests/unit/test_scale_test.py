@@ -17,7 +17,7 @@ from ep_runtime.bench.arguments import parse_low_latency
 from ep_runtime.bench.records import write_records
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-NAMES = ["suite", "replay", "low-latency", "normal", "large"]
+NAMES = ["suite", "alone", "replay", "low-latency", "normal", "large", "more"]
 
 
 def parts_of(gpus: int, *, with_normal: bool = True) -> dict[str, Part]:
@@ -27,34 +27,55 @@ def parts_of(gpus: int, *, with_normal: bool = True) -> dict[str, Part]:
     return {part.name: part for part in parts}
 
 
+DECODE, LARGE = "1,8,32,64,128", "512,1024"
+
+
 @pytest.mark.parametrize(("gpus", "ranks"), [(1, "2"), (2, "2"), (4, "4"), (8, "8")])
 def test_benchmarks_have_a_rank_on_every_gpu(gpus: int, ranks: str) -> None:
     parts = parts_of(gpus)
-    for name, tokens in (("low-latency", "1,8,32,64,128"), ("large", "512,1024")):
+    for name, tokens, experts in (
+        ("low-latency", DECODE, 256),
+        ("large", LARGE, 256),
+        ("more", DECODE, 288),
+    ):
         command = parts[name].command
         assert command[:5] == (sys.executable, "-m", "ep_runtime", "bench", "low-latency")
         options = parse_low_latency(command[5:])
         assert options.ranks == int(ranks)
         assert ",".join(map(str, options.tokens)) == tokens
-        assert (options.experts, options.topk, options.hidden) == ((256, 288), 8, 7168)
-        assert (options.plot, options.wants("deep_ep")) == (True, True)
+        assert (options.experts, options.topk, options.hidden) == ((experts,), 8, 7168)
+        assert (options.plot, options.wants("deep_ep")) == (True, name != "more")
     assert not any(part.skip for part in parts.values())
 
 
-def test_two_runs_of_low_latency_write_to_different_files() -> None:
+def test_runs_of_low_latency_write_to_different_files() -> None:
     parts = parts_of(8)
-    labels = [parse_low_latency(parts[n].command[5:]).label for n in ("low-latency", "large")]
-    assert labels == ["scale", "scale-large"]
+    names = ("low-latency", "large", "more")
+    labels = [parse_low_latency(parts[n].command[5:]).label for n in names]
+    assert labels == ["scale", "scale-large", "scale-more"]
 
 
-@pytest.mark.parametrize(("gpus", "marked"), [(1, "gpu and not multi"), (2, "multi")])
-def test_tests_are_chosen_by_the_number_of_gpus(gpus: int, marked: str) -> None:
+@pytest.mark.parametrize(
+    ("gpus", "marked"),
+    [
+        (1, ["gpu and not alone and not multi", "alone", "gpu and not multi"]),
+        (2, ["multi and not alone", "alone and multi", "multi"]),
+    ],
+)
+def test_tests_are_chosen_by_the_number_of_gpus(gpus: int, marked: list[str]) -> None:
     parts = parts_of(gpus)
-    for name in ("suite", "replay"):
-        command = parts[name].command
-        assert command[command.index("--require-gpu") + 2] == marked
-    assert scale_test.REPLAY_TEST in parts["replay"].command
-    assert f"--ignore={scale_test.REPLAY_TEST}" in parts["suite"].command
+    commands = [parts[name].command for name in ("suite", "alone", "replay")]
+    assert [command[command.index("--require-gpu") + 2] for command in commands] == marked
+    ignored = f"--ignore={scale_test.REPLAY_TEST}"
+    assert [ignored in command for command in commands] == [True, True, False]
+    assert scale_test.REPLAY_TEST in commands[2]
+
+
+def test_workers_of_all_gpus_share_only_tests_that_may_run_side_by_side() -> None:
+    parts = {part.name: part for part in plan(Request(gpus=4, with_normal=True, workers=24))}
+    assert [name for name, part in parts.items() if "-n" in part.command] == ["suite"]
+    command = parts["suite"].command
+    assert command[command.index("-n") + 1] == "6"
 
 
 def test_every_folder_with_tests_is_in_the_suite() -> None:
@@ -67,12 +88,10 @@ def test_every_folder_with_tests_is_in_the_suite() -> None:
 
 def test_experts_that_do_not_divide_are_left_out_and_named() -> None:
     request = Request(gpus=6, with_normal=True)
-    assert "E=256 is left out: no multiple of 6 ranks" in notes(request)
-    parts = {part.name: part for part in plan(request)}
-    assert parse_low_latency(parts["large"].command[5:]).experts == (288,)
-    assert parts["normal"].skip == "E=256 is no multiple of 6 ranks"
-    none = {part.name: part for part in plan(Request(gpus=5, with_normal=True))}
-    assert none["low-latency"].skip == "no E is a multiple of 5 ranks"
+    why = "E=256 is no multiple of 6 ranks"
+    assert f"left out: {why}" in notes(request)
+    skipped = {part.name: part.skip for part in plan(request) if part.skip}
+    assert skipped == {"low-latency": why, "normal": why, "large": why}
 
 
 def test_a_build_without_normal_says_so() -> None:
@@ -80,9 +99,13 @@ def test_a_build_without_normal_says_so() -> None:
 
 
 def test_one_gpu_is_said_to_be_shared() -> None:
-    assert notes(Request(gpus=1, with_normal=True)) == [
+    assert notes(Request(gpus=1, with_normal=True, workers=6)) == [
         "2 ranks share the GPU under MPS: no link is measured"
     ]
+
+
+def test_tests_without_workers_are_said_to_be_slow() -> None:
+    assert any("no pytest-xdist" in note for note in notes(Request(gpus=2, with_normal=True)))
 
 
 def test_parts_are_selected_by_name() -> None:
@@ -90,7 +113,7 @@ def test_parts_are_selected_by_name() -> None:
     assert select(parts, "") == parts
     chosen = select(parts, "large,replay")
     assert [part.name for part in chosen if not part.skip] == ["replay", "large"]
-    with pytest.raises(ValueError, match=r"--only nothing: the parts are suite, replay"):
+    with pytest.raises(ValueError, match=r"--only nothing: the parts are suite, alone, replay"):
         select(parts, "replay,nothing")
 
 
