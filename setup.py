@@ -199,6 +199,22 @@ def core_commands(cuda: Cuda | None, reason: str) -> dict[Path, list[str]]:
     return commands
 
 
+def device_linked(source: Path, cuda: Cuda, wheel: Path) -> list[Path]:
+    """A source whose device code is linked with NVSHMEM's: its object and the device link's."""
+    flags = [*NVCC_FLAGS, *cuda.gencode, "-rdc=true"]
+    include = [f"-I{CSRC}", "-isystem", str(wheel / "include")]
+    built = compile_one(source, [cuda.nvcc, *flags, *include])
+    linked = built.with_suffix(".device.o")
+    scratch = linked.with_suffix(f".{os.getpid()}.o")
+    command = [cuda.nvcc, *cuda.gencode, "-Xcompiler=-fPIC", "-dlink", str(built)]
+    command += [f"-L{wheel / 'lib'}", "-lnvshmem_device", "-o", str(scratch)]
+    done = subprocess.run(command)
+    if done.returncode != 0:
+        raise LinkError(f"status {done.returncode} from: {shlex.join(command)}")
+    scratch.replace(linked)
+    return [built, linked]
+
+
 class BuildNative(build_ext):
     """Compiles with explicit commands: the interpreter's own build flags are not wanted here."""
 
@@ -221,11 +237,15 @@ class BuildNative(build_ext):
     def build_nvshmem(self, target: Path, cuda: Cuda) -> None:
         wheel = find_wheel_directory("nvidia", "nvshmem")
         assert wheel is not None, "the extension is listed only when the wheel is there"
-        command = host_command(cuda, f"-isystem{wheel / 'include'}")
-        built = compile_one(CSRC / "nvshmem_bindings.cpp", command)
+        host = host_command(cuda, f"-isystem{wheel / 'include'}")
+        built = [compile_one(CSRC / "nvshmem_bindings.cpp", host)]
+        built += device_linked(CSRC / "nvshmem_puts.cu", cuda, wheel)
         runpath = [f"-Wl,-rpath,{p}" for p in ("$ORIGIN/../nvidia/nvshmem/lib", wheel / "lib")]
         host_library = [f"-L{wheel / 'lib'}", "-l:libnvshmem_host.so.3"]
-        link(target, [built], *host_library, *runpath, *cudart_flags(cuda))
+        # The archive's symbols stay in here: torch's own NVSHMEM module has the same ones.
+        device_library = [str(wheel / "lib" / "libnvshmem_device.a"), "-Wl,--exclude-libs,ALL"]
+        runtime = [*cudart_flags(cuda), "-lcudadevrt"]
+        link(target, built, *device_library, *host_library, *runpath, *runtime)
         say(f"built ep_runtime._nvshmem against {wheel}")
 
 

@@ -41,7 +41,7 @@ void translate_system_error(std::exception_ptr pending) {
 
 Shape make_shape(int32_t num_ranks, int32_t num_experts, int32_t topk, int32_t hidden,
                  int32_t max_tokens, int32_t num_chains, int32_t wire, int32_t opaque_row_bytes,
-                 int32_t opaque_scales) {
+                 int32_t opaque_scales, int32_t combine_wire) {
     const Shape shape{num_ranks,
                       num_experts,
                       topk,
@@ -50,7 +50,8 @@ Shape make_shape(int32_t num_ranks, int32_t num_experts, int32_t topk, int32_t h
                       num_chains,
                       static_cast<Wire>(wire),
                       opaque_row_bytes,
-                      opaque_scales};
+                      opaque_scales,
+                      static_cast<Wire>(combine_wire)};
     if (const char* reason = invalid_reason(shape)) throw std::invalid_argument(reason);
     return shape;
 }
@@ -81,6 +82,7 @@ py::dict layout(const Shape& shape) {
     d["dispatch_offset"] = heap.dispatch_slot(shape, 0, 0, 0, 0);  // chain 0, even epochs
     d["dispatch_half"] = static_cast<int64_t>(shape.max_messages()) * heap.message_stride;
     d["combine_stride"] = heap.combine_stride;
+    d["combine_bytes"] = SumLayout::make(shape, shape.combine).bytes;
     d["counts_stride"] = heap.counts.stride;
     d["stats_offset"] = local.chain(0) + local.stats_offset;  // chain c: + c * stats_stride
     d["stats_stride"] = local.chain_bytes;
@@ -106,6 +108,7 @@ void bind_constants(py::module_& m) {
     add("FAULT_DESYNC", FaultCode::kDesync);
     add("FAULT_COUNT", FaultCode::kCount);
     add("FAULT_ROUTING", FaultCode::kRouting);
+    add("FAULT_TERMS", FaultCode::kTerms);
     add("OP_DISPATCH", Op::kDispatch);
     add("OP_COMBINE", Op::kCombine);
     add("OP_NORMAL_NOTIFY", Op::kNormalNotify);
@@ -123,7 +126,7 @@ void bind_shape(py::module_& m) {
     py::class_<Shape>(m, "Shape")
         .def(py::init(&make_shape), py::kw_only(), "num_ranks"_a, "num_experts"_a, "topk"_a,
              "hidden"_a, "max_tokens"_a, "num_chains"_a, "wire"_a, "opaque_row_bytes"_a = 0,
-             "opaque_scales"_a = 0);
+             "opaque_scales"_a = 0, "combine_wire"_a = static_cast<int32_t>(Wire::kBf16));
     m.def("limits", &limits);
     m.def("layout", &layout, "shape"_a);
     bind_tensors(m);
@@ -158,6 +161,10 @@ void bind_host_rank(py::module_& m) {
         .def("combine_send", &HostRank::combine_send, NoGil(), "chain"_a, "input"_a)
         .def("combine_recv", &HostRank::combine_recv, NoGil(), "chain"_a, "output"_a)
         .def("set_time_budget", &HostRank::set_time_budget, "nanoseconds"_a)
+        .def("set_rank_mask", &HostRank::set_rank_mask, "rank"_a, "masked"_a)
+        .def("clear_rank_mask", &HostRank::clear_rank_mask)
+        .def("read_rank_mask",
+             [](const HostRank& rank) { return masked_ranks(rank.read_rank_mask()); })
         .def(
             "read_stats",
             [](const HostRank& rank, int chain) { return stats_dict(rank.read_stats(chain)); },
@@ -196,6 +203,8 @@ PYBIND11_MODULE(_C, m) {
     ep::bind_host_rank(m);
     ep::bind_host_memory(m);
     ep::bind_normal(m);
+    ep::bind_nodes(m);
+    ep::bind_wire(m);
 #if EP_WITH_CUDA
     ep::bind_cuda(m);
 #endif

@@ -23,12 +23,26 @@ void bind_normal(py::module_& module);
 // Those of GPU ranks, where CUDA is built in.
 void bind_cuda_normal(py::module_& module);
 
+// Groups that span nodes.
+void bind_nodes(py::module_& module);
+void bind_cuda_nodes(py::module_& module);
+void bind_wire(py::module_& module);
+void bind_cuda_wire(py::module_& module);
+
 // Every operation runs without the GIL.
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
 template <class T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+inline std::vector<int> masked_ranks(const RankMask& mask) {
+    std::vector<int> ranks;
+    for (int r = 0; r < kMaxRanks; ++r) {
+        if (mask.has(r)) ranks.push_back(r);
+    }
+    return ranks;
 }
 
 inline py::dict stats_dict(const StepStats& stats) {

@@ -32,6 +32,13 @@ void bind_rank(py::module_& m) {
         .def("combine_fused", &CudaRank::combine_fused, py::arg("chain"), py::arg("input"),
              py::arg("output"), py::arg("expected_tokens"), py::arg("stream"), NoGil())
         .def("set_time_budget", &CudaRank::set_time_budget, py::arg("nanoseconds"), NoGil())
+        .def("set_rank_mask", &CudaRank::set_rank_mask, py::arg("rank"), py::arg("masked"),
+             py::arg("stream"), NoGil())
+        .def("clear_rank_mask", &CudaRank::clear_rank_mask, py::arg("stream"), NoGil())
+        .def("write_rank_mask", &CudaRank::write_rank_mask, py::arg("address"), py::arg("stream"),
+             NoGil())
+        .def("read_rank_mask",
+             [](const CudaRank& rank) { return masked_ranks(rank.read_rank_mask()); })
         .def("read_stats",
              [](const CudaRank& rank, int chain) { return stats_dict(rank.read_stats(chain)); })
         .def("read_state",
@@ -42,11 +49,24 @@ void bind_rank(py::module_& m) {
         .def("reset", &CudaRank::reset, NoGil());
 }
 
+// The driver frees memory when the device is idle: other threads must be able to run until then,
+// for one of them may be the peer that a kernel on the device waits for.
 template <class Memory>
-py::class_<Memory> bind_memory(py::module_& m, const char* name) {
-    return py::class_<Memory>(m, name)
-        .def_property_readonly("address", &Memory::address)
-        .def("close", &Memory::close);
+struct FreedWithoutGil {
+    void operator()(Memory* memory) const {
+        const py::gil_scoped_release unlocked;
+        delete memory;
+    }
+};
+
+template <class Memory>
+using MemoryClass = py::class_<Memory, std::unique_ptr<Memory, FreedWithoutGil<Memory>>>;
+
+template <class Memory>
+MemoryClass<Memory> bind_memory(py::module_& m, const char* name) {
+    MemoryClass<Memory> bound(m, name);
+    bound.def_property_readonly("address", &Memory::address).def("close", &Memory::close, NoGil());
+    return bound;
 }
 
 }  // namespace
@@ -62,16 +82,21 @@ void bind_cuda(py::module_& m) {
     });
     bind_rank(m);
     bind_cuda_normal(m);
+    bind_cuda_nodes(m);
+    bind_cuda_wire(m);
     bind_memory<DeviceMemory>(m, "DeviceMemory")
-        .def(py::init<int64_t, int>(), py::arg("num_bytes"), py::arg("device"))
+        .def(py::init<int64_t, int>(), py::arg("num_bytes"), py::arg("device"), NoGil())
         .def("ipc_handle",
              [](const DeviceMemory& memory) { return py::bytes(memory.ipc_handle()); });
     bind_memory<IpcMapping>(m, "IpcMapping")
         .def(py::init([](const py::bytes& handle, int device) {
-                 return std::make_unique<IpcMapping>(std::string(handle), device);
+                 const std::string raw(handle);
+                 const py::gil_scoped_release unlocked;
+                 return new IpcMapping(raw, device);
              }),
              py::arg("handle"), py::arg("device"));
-    bind_memory<PinnedMemory>(m, "PinnedMemory").def(py::init<int64_t>(), py::arg("num_bytes"));
+    bind_memory<PinnedMemory>(m, "PinnedMemory")
+        .def(py::init<int64_t>(), py::arg("num_bytes"), NoGil());
     m.def("cuda_device_count", &device_count);
     m.def("cuda_device_attributes", &device_attributes, py::arg("device"));
     m.def("can_access_peer", &can_access_peer, py::arg("device"), py::arg("peer"));

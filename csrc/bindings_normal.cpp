@@ -9,9 +9,9 @@ namespace {
 using host::NormalRank;
 using py::literals::operator""_a;
 
-py::dict control_dict(int num_ranks, int max_experts) {
+py::dict control_dict(int num_ranks, int max_experts, int64_t start) {
     py::dict d;
-    d["control_bytes"] = normal::ControlLayout::make(num_ranks, max_experts).bytes;
+    d["control_bytes"] = normal::ControlLayout::make(num_ranks, max_experts, start).bytes;
     d["local_bytes"] = sizeof(normal::State);
     return d;
 }
@@ -60,11 +60,17 @@ void dispatch(NormalRank& rank, uintptr_t x, int64_t x_stride_bytes, int64_t row
               int32_t num_scales, uintptr_t topk_idx, int32_t idx_bytes, uintptr_t topk_weights,
               int32_t topk, int32_t num_experts, uintptr_t send_position, uintptr_t rank_prefix,
               int32_t num_tokens, int64_t block_offset, int64_t block_rows, bool exact,
-              int32_t num_sms) {
+              int32_t num_sms, uintptr_t source_token) {
     (void)num_sms;  // a CPU rank is one thread
-    const NormalRows rows{
-        pointer<const uint8_t>(x), x_stride_bytes,     row_bytes,  pointer<const uint32_t>(scales),
-        scale_stride_token,        scale_stride_group, num_scales, num_tokens};
+    const NormalRows rows{pointer<const uint8_t>(x),
+                          x_stride_bytes,
+                          row_bytes,
+                          pointer<const uint32_t>(scales),
+                          scale_stride_token,
+                          scale_stride_group,
+                          num_scales,
+                          num_tokens,
+                          pointer<const int32_t>(source_token)};
     rank.dispatch(
         rows, {pointer<const void>(topk_idx), idx_bytes, pointer<const float>(topk_weights), topk},
         num_experts, {pointer<int32_t>(rank_prefix), pointer<int32_t>(send_position)}, block_offset,
@@ -74,7 +80,8 @@ void dispatch(NormalRank& rank, uintptr_t x, int64_t x_stride_bytes, int64_t row
 void combine(NormalRank& rank, uintptr_t x, int64_t x_stride_bytes, int32_t hidden,
              uintptr_t topk_weights, int32_t topk, uintptr_t bias0, uintptr_t bias1,
              uintptr_t send_position, uintptr_t rank_prefix, int32_t num_tokens,
-             int64_t inbox_offset, uintptr_t out, uintptr_t out_weights, int32_t num_sms) {
+             int64_t inbox_offset, uintptr_t out, uintptr_t out_weights, int32_t num_sms,
+             uintptr_t order) {
     (void)num_sms;
     const NormalCombine work{pointer<const uint8_t>(x),
                              x_stride_bytes,
@@ -85,21 +92,28 @@ void combine(NormalRank& rank, uintptr_t x, int64_t x_stride_bytes, int32_t hidd
                              num_tokens,
                              inbox_offset,
                              pointer<uint16_t>(out),
-                             pointer<float>(out_weights)};
+                             pointer<float>(out_weights),
+                             pointer<const int32_t>(order)};
     rank.combine(work, {pointer<int32_t>(rank_prefix), pointer<int32_t>(send_position)});
 }
 
 }  // namespace
 
 void bind_normal(py::module_& m) {
-    m.def("normal_layout", &control_dict, "num_ranks"_a, "max_experts"_a);
+    m.def("normal_layout", &control_dict, "num_ranks"_a, "max_experts"_a,
+          "start"_a = normal::kLine);
+    py::class_<normal::Part>(m, "NormalPart")
+        .def(py::init([](int index, int64_t control_start, int first, int step) {
+                 return normal::Part{index, control_start, Names{first, step - 1}};
+             }),
+             "index"_a, "control_start"_a, "first"_a, "step"_a);
     m.def("normal_block", &block_dict, "rows"_a, "row_bytes"_a, "num_scales"_a, "topk"_a);
     m.def("normal_inbox", &inbox_dict, "rows"_a, "hidden"_a, "topk"_a);
     py::class_<NormalRank>(m, "HostNormal")
         .def(py::init<int, int, int, const std::vector<uintptr_t>&, const std::vector<uintptr_t>&,
-                      int64_t, uintptr_t, uintptr_t>(),
+                      int64_t, uintptr_t, uintptr_t, const normal::Part&>(),
              "num_ranks"_a, "rank"_a, "max_experts"_a, "control"_a, "data"_a, "data_bytes"_a,
-             "local"_a, "fault"_a)
+             "local"_a, "fault"_a, "part"_a = normal::Part{})
         .def("layout", &layout, NoGil(), "topk_idx"_a, "idx_bytes"_a, "num_tokens"_a, "topk"_a,
              "num_experts"_a, "tokens_per_rank"_a, "tokens_per_expert"_a, "is_token_in_rank"_a)
         .def("notify", &notify, NoGil(), "tokens_per_rank"_a, "tokens_per_expert"_a,
@@ -109,10 +123,10 @@ void bind_normal(py::module_& m) {
              "scale_stride_token"_a, "scale_stride_group"_a, "num_scales"_a, "topk_idx"_a,
              "idx_bytes"_a, "topk_weights"_a, "topk"_a, "num_experts"_a, "send_position"_a,
              "rank_prefix"_a, "num_tokens"_a, "block_offset"_a, "block_rows"_a, "exact"_a,
-             "num_sms"_a)
+             "num_sms"_a, "source_token"_a)
         .def("combine", &combine, NoGil(), "x"_a, "x_stride_bytes"_a, "hidden"_a, "topk_weights"_a,
              "topk"_a, "bias0"_a, "bias1"_a, "send_position"_a, "rank_prefix"_a, "num_tokens"_a,
-             "inbox_offset"_a, "out"_a, "out_weights"_a, "num_sms"_a)
+             "inbox_offset"_a, "out"_a, "out_weights"_a, "num_sms"_a, "order"_a)
         .def("set_time_budget", &NormalRank::set_time_budget, "nanoseconds"_a)
         .def("read_state",
              [](const NormalRank& rank) {

@@ -73,10 +73,11 @@ RecvTarget make_target(const Shape& shape, uintptr_t routing, int32_t format, in
                       .routing = make_routing(shape, routing)};
 }
 
-CombineInput make_combine_input(const Shape& shape, uintptr_t routing, uintptr_t y,
+CombineInput make_combine_input(const Shape& shape, uintptr_t routing, int32_t wire, uintptr_t y,
                                 int64_t y_stride, bool late_weights, uintptr_t weights,
                                 int32_t num_tokens) {
-    return CombineInput{.y = pointer<const uint16_t>(y),
+    return CombineInput{.wire = static_cast<Wire>(wire),
+                        .y = pointer<const uint16_t>(y),
                         .row_stride = y_stride,
                         .late_weights = late_weights,
                         .weights = pointer<const float>(weights),
@@ -84,10 +85,11 @@ CombineInput make_combine_input(const Shape& shape, uintptr_t routing, uintptr_t
                         .routing = make_routing(shape, routing)};
 }
 
-CombineOutput make_combine_output(const Shape& shape, uintptr_t routing, uintptr_t out,
-                                  int32_t num_tokens, uintptr_t num_tokens_address,
+CombineOutput make_combine_output(const Shape& shape, uintptr_t routing, int32_t wire,
+                                  uintptr_t out, int32_t num_tokens, uintptr_t num_tokens_address,
                                   uintptr_t wait_ns) {
-    return CombineOutput{.out = pointer<uint16_t>(out),
+    return CombineOutput{.wire = static_cast<Wire>(wire),
+                         .out = pointer<uint16_t>(out),
                          .num_tokens = num_tokens,
                          .num_valid = pointer<const int32_t>(num_tokens_address),
                          .wait_ns = pointer<int64_t>(wait_ns),
@@ -110,11 +112,13 @@ void bind_tensors(py::module_& m) {
              "num_messages"_a, "source_token"_a = 0, "layout_range"_a = 0, "cumulative_count"_a = 0,
              "wait_ns"_a = 0);
     py::class_<CombineInput>(m, "CombineInput")
-        .def(py::init(&make_combine_input), "shape"_a, py::kw_only(), "routing"_a, "y"_a,
-             "y_stride"_a, "late_weights"_a = false, "weights"_a = 0, "num_tokens"_a = 0);
+        .def(py::init(&make_combine_input), "shape"_a, py::kw_only(), "routing"_a,
+             "wire"_a = static_cast<int32_t>(Wire::kBf16), "y"_a, "y_stride"_a,
+             "late_weights"_a = false, "weights"_a = 0, "num_tokens"_a = 0);
     py::class_<CombineOutput>(m, "CombineOutput")
-        .def(py::init(&make_combine_output), "shape"_a, py::kw_only(), "routing"_a, "out"_a,
-             "num_tokens"_a, "num_tokens_address"_a = 0, "wait_ns"_a = 0);
+        .def(py::init(&make_combine_output), "shape"_a, py::kw_only(), "routing"_a,
+             "wire"_a = static_cast<int32_t>(Wire::kBf16), "out"_a, "num_tokens"_a,
+             "num_tokens_address"_a = 0, "wait_ns"_a = 0);
 }
 
 }  // namespace ep

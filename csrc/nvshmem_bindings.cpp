@@ -1,8 +1,9 @@
 // NVSHMEM's host API: one world per process, its symmetric heap, and addresses of peers' heaps.
 //
-// Only the host library is used: kernels take the peer addresses that peer_address() gives. The
-// library is entered through nvshmemx_hostlib_init_attr, which returns its status;
-// nvshmemx_init_attr ends the process instead. Calls that wait for peers release the GIL.
+// Most of the project uses the host library alone: its kernels take the peer addresses that
+// peer_address() gives. Kernels that put over a network are in nvshmem_puts.cu. The library is
+// entered through nvshmemx_hostlib_init_attr, which returns its status; nvshmemx_init_attr ends the
+// process instead. Calls that wait for peers release the GIL.
 #include <cuda_runtime_api.h>
 #include <nvshmem_host.h>
 #include <pybind11/pybind11.h>
@@ -12,6 +13,9 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+
+#include "bindings_wire.h"
+#include "nvshmem_puts.h"
 
 namespace py = pybind11;
 
@@ -118,6 +122,30 @@ void barrier_all() {
     nvshmem_barrier_all();
 }
 
+void check_cuda(int error, const char* what) {
+    if (error == 0) return;
+    const auto code = static_cast<cudaError_t>(error);
+    fail(std::string(what) + " returned " + std::to_string(error) + " (" +
+             cudaGetErrorString(code) + ")",
+         "look for an earlier CUDA error of this process");
+}
+
+// Behind init(), with the same arguments: this module's own kernels may put from now on.
+// Collective.
+void attach_kernels(int rank, int num_ranks, const std::string& unique_id) {
+    require_initialized("attach_kernels");
+    if (unique_id.size() != sizeof(nvshmemx_uniqueid_t)) {
+        fail("unique id has " + std::to_string(unique_id.size()) + " bytes",
+             "pass what get_unique_id() returned on rank 0");
+    }
+    py::gil_scoped_release unlocked;
+    const int status = ep::nvshmem_attach(rank, num_ranks, unique_id.data());
+    if (status < 0) check_cuda(-status, "loading the kernels that put");
+    check_nvshmem(status, "nvshmemi_init_thread",
+                  "install the nvidia-nvshmem-cu13 that this module was built against (see "
+                  "built_against), or a newer one");
+}
+
 // Collective. Does nothing when NVSHMEM was never initialized here, so that it can be called twice.
 void finalize() {
     if (!is_initialized()) return;
@@ -134,7 +162,7 @@ std::tuple<int, int, int> version() {
 }  // namespace
 
 PYBIND11_MODULE(_nvshmem, m) {
-    m.doc() = "NVSHMEM's host API: world, symmetric heap, peer addresses.";
+    m.doc() = "NVSHMEM: world, symmetric heap, peer addresses; puts between nodes.";
     m.def("get_unique_id", &get_unique_id);
     m.def("init", &init, py::arg("rank"), py::arg("num_ranks"), py::arg("unique_id"),
           py::arg("device"));
@@ -142,6 +170,38 @@ PYBIND11_MODULE(_nvshmem, m) {
     m.def("free", &release, py::arg("address"));
     m.def("peer_address", &peer_address, py::arg("address"), py::arg("peer"));
     m.def("barrier_all", &barrier_all);
+    m.def("attach_kernels", &attach_kernels, py::arg("rank"), py::arg("num_ranks"),
+          py::arg("unique_id"));
+    m.def(
+        "announce",
+        [](int num_nodes, int ranks_per_node, int rank, int max_experts, int64_t max_tokens,
+           int64_t max_hidden, int max_topk, std::uintptr_t mine, std::uintptr_t counters,
+           std::uintptr_t abort, std::uintptr_t per_rank, std::uintptr_t per_node,
+           std::uintptr_t per_expert, int num_experts, std::uintptr_t stream) {
+            const auto region = ep::wire_region(num_nodes, ranks_per_node, rank, max_experts,
+                                                max_tokens, max_hidden, max_topk);
+            check_cuda(ep::nvshmem_announce(
+                           region, ep::wire_message(per_rank, per_node, per_expert, num_experts),
+                           mine, counters, abort, stream),
+                       "launching nvshmem_announce_kernel");
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "put",
+        [](int num_nodes, int ranks_per_node, int rank, int max_experts, int64_t max_tokens,
+           int64_t max_hidden, int max_topk, std::uintptr_t mine, std::uintptr_t counters,
+           std::uintptr_t abort, bool home, std::uintptr_t rail_prefix, int64_t row_bytes,
+           int num_scales, int topk, bool has_idx, bool has_weights, int64_t block_rows,
+           int num_sms, std::uintptr_t stream) {
+            const auto region = ep::wire_region(num_nodes, ranks_per_node, rank, max_experts,
+                                                max_tokens, max_hidden, max_topk);
+            check_cuda(ep::nvshmem_put(region,
+                                       ep::wire_transfer(home, rail_prefix, row_bytes, num_scales,
+                                                         topk, has_idx, has_weights, block_rows),
+                                       mine, counters, abort, num_sms, stream),
+                       "launching nvshmem_put_kernel");
+        },
+        py::call_guard<py::gil_scoped_release>());
     m.def("finalize", &finalize);
     m.def("version", &version);
     m.def("init_status", [] { return nvshmemx_init_status(); });

@@ -32,6 +32,7 @@ FAULT_ABORTED: Final[int]  # another rank (field rank) gave up waiting for `peer
 FAULT_DESYNC: Final[int]  # a tag from the future
 FAULT_COUNT: Final[int]  # a peer announced more messages than the inbox holds
 FAULT_ROUTING: Final[int]  # expert out of range or twice in a token (not fatal)
+FAULT_TERMS: Final[int]  # a peer has another mask (low 32 bits) or combine format (high 32 bits)
 OP_DISPATCH: Final[int]
 OP_COMBINE: Final[int]
 OP_NORMAL_NOTIFY: Final[int]
@@ -61,13 +62,14 @@ class Shape:
         wire: int,
         opaque_row_bytes: int = 0,
         opaque_scales: int = 0,
+        combine_wire: int = ...,
     ) -> None: ...
 
 def layout(shape: Shape) -> dict[str, int]:
     """Bytes and offsets: heap_bytes, local_bytes, routing_bytes, message_bytes, message_lines,
     message_stride, dispatch_offset (of chain 0, even epochs), dispatch_half (to odd ones),
-    combine_stride, counts_stride, stats_offset, stats_stride, stats_bytes (per chain, local
-    memory)."""
+    combine_stride, combine_bytes, counts_stride, stats_offset, stats_stride, stats_bytes (per
+    chain, local memory)."""
 
 def fault_bytes() -> int: ...
 def read_fault(address: int) -> Fault | None:
@@ -124,20 +126,24 @@ class RecvTarget:
         topk_idx: int = 0,
         topk_weights: int = 0,
         num_messages: int,
-        source_token: int = 0,
+        source_token: int,
         layout_range: int = 0,
         cumulative_count: int = 0,
         wait_ns: int = 0,
     ) -> None: ...
 
 class CombineInput:
-    """What combine_send sends: y_stride in elements. late_weights: the dispatch had none."""
+    """What combine_send sends: y_stride in elements. late_weights: the dispatch had none.
+
+    wire: how the sums travel, WIRE_BF16 (the default) or WIRE_FP8; the same in CombineOutput.
+    """
 
     def __init__(
         self,
         shape: Shape,
         *,
         routing: int,
+        wire: int = ...,
         y: int,
         y_stride: int,
         late_weights: bool = False,
@@ -153,6 +159,7 @@ class CombineOutput:
         shape: Shape,
         *,
         routing: int,
+        wire: int = ...,
         out: int,
         num_tokens: int,
         num_tokens_address: int = 0,
@@ -170,12 +177,20 @@ class HostRank:
     def combine_send(self, chain: int, input: CombineInput) -> None: ...
     def combine_recv(self, chain: int, output: CombineOutput) -> None: ...
     def set_time_budget(self, nanoseconds: int) -> None: ...
+    def set_rank_mask(self, rank: int, masked: bool) -> None:
+        """Operations that begin after it leave the rank out (or no longer do)."""
+
+    def clear_rank_mask(self) -> None: ...
+    def read_rank_mask(self) -> list[int]:
+        """Ranks that are masked, in order."""
+
     def read_stats(self, chain: int) -> dict[str, Any]: ...
     def read_state(self, chain: int) -> tuple[int, int]:
         """(dispatched, combined) epochs."""
 
     def reset(self) -> None:
-        """Zero this rank's heap and local memory, not the faults. Ranks meet before and after."""
+        """Zero this rank's heap and local memory, not the faults, the time budget and the mask.
+        Ranks meet before and after."""
 
 class CudaRank:
     """A GPU rank. Every operation only launches kernels on `stream` (a cudaStream_t as an int).
@@ -222,6 +237,16 @@ class CudaRank:
     def set_time_budget(self, nanoseconds: int) -> None:
         """Synchronises the device copy; not for captured code."""
 
+    def set_rank_mask(self, rank: int, masked: bool, stream: int) -> None:
+        """As of HostRank, for operations behind it in stream order. Capturable."""
+
+    def clear_rank_mask(self, stream: int) -> None: ...
+    def write_rank_mask(self, address: int, stream: int) -> None:
+        """1 for each masked rank, else 0, into int32 [num_ranks]. Capturable."""
+
+    def read_rank_mask(self) -> list[int]:
+        """Synchronises."""
+
     def read_stats(self, chain: int) -> dict[str, Any]:
         """Synchronises. messages_sent, messages_received, rows_received, bytes_dispatched,
         bytes_combined, and wait_ns: a list by source."""
@@ -229,7 +254,7 @@ class CudaRank:
     def read_state(self, chain: int) -> tuple[int, int]: ...
     def reset(self) -> None: ...
 
-def normal_layout(num_ranks: int, max_experts: int) -> dict[str, int]:
+def normal_layout(num_ranks: int, max_experts: int, start: int = 128) -> dict[str, int]:
     """Of the normal operations: control_bytes (heap of words), local_bytes."""
 
 def normal_block(rows: int, row_bytes: int, num_scales: int, topk: int) -> dict[str, int]:
@@ -238,6 +263,99 @@ def normal_block(rows: int, row_bytes: int, num_scales: int, topk: int) -> dict[
 
 def normal_inbox(rows: int, hidden: int, topk: int) -> dict[str, int]:
     """Where a combine's BF16 rows come home. Rows at 0; offset topk_weights; bytes."""
+
+class NormalPart:
+    """One of the groups that a rank takes part in, over the same control heap and fault board.
+
+    index          of its own words behind those of the first part
+    control_start  bytes into the control heap; a multiple of 128
+    first, step    records call its rank r `first + r * step`
+    """
+
+    def __init__(self, index: int, control_start: int, first: int, step: int) -> None: ...
+
+def host_by_node(
+    num_nodes: int,
+    ranks_per_node: int,
+    rank: int,
+    is_token_in_rank: int,
+    num_tokens: int,
+    is_token_in_node: int,
+    tokens_per_node: int,
+    named: int,
+) -> None:
+    """Fill bool [T, N] and int32 [N]; and int32 [T, R] with ranks' numbers or -1, unless 0."""
+
+def host_node_tables(
+    num_nodes: int,
+    ranks_per_node: int,
+    rank: int,
+    rank_prefix: int,
+    rail_prefix: int,
+    goes: int,
+    rail_rows: int,
+    num_rows: int,
+    node_prefix: int,
+    position: int,
+    reach: int,
+    target: int,
+    order: int,
+) -> None:
+    """What a rank's part in its node needs: see csrc/ep/nodes.h. Addresses of int32 tensors, and
+    of goes: bool [rail_rows, ranks_per_node]."""
+
+def wire_region(
+    num_nodes: int,
+    ranks_per_node: int,
+    max_experts: int,
+    max_tokens: int,
+    max_hidden: int,
+    max_topk: int,
+) -> dict[str, int]:
+    """What peers put into (csrc/ep/wire.h): bytes; offset data; in the data: inbox, mirrors,
+    partial, partial_weights, data_bytes; counters, bytes of a rank's own."""
+
+class HostWire:
+    """A CPU rank's end of rails by puts. whole, rail: on loopbacks; regions: of every rank."""
+
+    def __init__(
+        self,
+        whole: HostNormal,
+        rail: HostNormal,
+        num_nodes: int,
+        ranks_per_node: int,
+        rank: int,
+        max_experts: int,
+        max_tokens: int,
+        max_hidden: int,
+        max_topk: int,
+        regions: list[int],
+        counters: int,
+    ) -> None: ...
+    def announce(self, per_rank: int, per_node: int, per_expert: int, num_experts: int) -> None: ...
+    def await_messages(self, num_experts: int) -> None: ...
+    def tables(
+        self,
+        rail_prefix: int,
+        num_tokens: int,
+        out_prefix: int,
+        home_prefix: int,
+        home_order: int,
+    ) -> None: ...
+    def put(
+        self,
+        home: bool,
+        rail_prefix: int,
+        row_bytes: int,
+        num_scales: int,
+        topk: int,
+        has_idx: bool,
+        has_weights: bool,
+        block_rows: int,
+        num_sms: int,
+    ) -> None: ...
+    def await_rows(self, home: bool) -> None: ...
+    def reset(self) -> None: ...
 
 class HostNormal:
     """A CPU rank's normal operations. Addresses of tensors; 0 where there is none (a tensor without
@@ -257,6 +375,7 @@ class HostNormal:
         data_bytes: int,
         local: int,
         fault: int,
+        part: NormalPart = ...,
     ) -> None: ...
     def layout(
         self,
@@ -306,6 +425,7 @@ class HostNormal:
         block_rows: int,
         exact: bool,
         num_sms: int,
+        source_token: int,
     ) -> None:
         """exact False: rows that nobody sent get topk_idx -1 and topk_weights 0. Weights without
         topk_idx arrive whole, with it 0 where the expert is another rank's."""
@@ -326,6 +446,7 @@ class HostNormal:
         out: int,
         out_weights: int,
         num_sms: int,
+        order: int,
     ) -> None: ...
     def set_time_budget(self, nanoseconds: int) -> None: ...
     def read_state(self) -> tuple[int, int, int]:
@@ -351,6 +472,95 @@ class ShmSegment:
     def unlink(self) -> None: ...
     def close(self) -> None: ...
 
+def load_node_kernels(device: int) -> None: ...
+def cuda_by_node(
+    num_nodes: int,
+    ranks_per_node: int,
+    rank: int,
+    is_token_in_rank: int,
+    num_tokens: int,
+    is_token_in_node: int,
+    tokens_per_node: int,
+    named: int,
+    device: int,
+    stream: int,
+) -> None:
+    """As host_by_node, launched on `stream`; capturable."""
+
+def cuda_node_tables(
+    num_nodes: int,
+    ranks_per_node: int,
+    rank: int,
+    rank_prefix: int,
+    rail_prefix: int,
+    goes: int,
+    rail_rows: int,
+    num_rows: int,
+    node_prefix: int,
+    position: int,
+    reach: int,
+    target: int,
+    order: int,
+    device: int,
+    stream: int,
+) -> None:
+    """As host_node_tables, launched on `stream`; capturable."""
+
+class CudaWire:
+    """A GPU rank's end of rails by puts: as HostWire, launched on `stream`; puts go over mapped
+    memory. mine, counters, abort_word: addresses that NVSHMEM's puts take."""
+
+    def __init__(
+        self,
+        whole: CudaNormal,
+        rail: CudaNormal,
+        num_nodes: int,
+        ranks_per_node: int,
+        rank: int,
+        max_experts: int,
+        max_tokens: int,
+        max_hidden: int,
+        max_topk: int,
+        regions: list[int],
+        counters: int,
+        device: int,
+    ) -> None: ...
+    @property
+    def mine(self) -> int: ...
+    @property
+    def counters(self) -> int: ...
+    @property
+    def abort_word(self) -> int: ...
+    def announce(
+        self, per_rank: int, per_node: int, per_expert: int, num_experts: int, stream: int
+    ) -> None: ...
+    def await_messages(self, num_experts: int, stream: int) -> None: ...
+    def tables(
+        self,
+        rail_prefix: int,
+        num_tokens: int,
+        out_prefix: int,
+        home_prefix: int,
+        home_order: int,
+        stream: int,
+    ) -> None: ...
+    def put(
+        self,
+        home: bool,
+        rail_prefix: int,
+        row_bytes: int,
+        num_scales: int,
+        topk: int,
+        has_idx: bool,
+        has_weights: bool,
+        block_rows: int,
+        num_sms: int,
+        stream: int,
+    ) -> None: ...
+    def await_rows(self, home: bool, stream: int) -> None: ...
+    def reset(self) -> None:
+        """Synchronises."""
+
 class CudaNormal:
     """A GPU rank's normal operations: as HostNormal, launched on `stream`. At most num_sms CTAs."""
 
@@ -365,6 +575,7 @@ class CudaNormal:
         local: int,
         fault: int,
         device: int,
+        part: NormalPart = ...,
     ) -> None: ...
     def layout(
         self,
@@ -413,6 +624,7 @@ class CudaNormal:
         block_rows: int,
         exact: bool,
         num_sms: int,
+        source_token: int,
         stream: int,
     ) -> None: ...
     def combine(
@@ -431,6 +643,7 @@ class CudaNormal:
         out: int,
         out_weights: int,
         num_sms: int,
+        order: int,
         stream: int,
     ) -> None: ...
     def set_time_budget(self, nanoseconds: int) -> None:

@@ -1,4 +1,7 @@
-"""NVSHMEM's host API. One world per process. Every function that fails raises RuntimeError."""
+"""NVSHMEM: its host API, and puts between nodes. One world per process.
+
+Every function that fails raises RuntimeError.
+"""
 
 from typing import Final
 
@@ -21,6 +24,16 @@ def peer_address(address: int, peer: int) -> int:
 
 def barrier_all() -> None:
     """Collective; waits for all ranks of the world, without a time limit."""
+
+def attach_kernels(rank: int, num_ranks: int, unique_id: bytes) -> None:
+    """Collective, behind init() and with its arguments: this module's kernels may put."""
+
+def announce(*arguments: int) -> None:
+    """A rank's counts to all ranks. The leading seven of RegionShape.native; addresses of the
+    region, the counters and the abort word; then the arguments of CudaWire.announce. Capturable."""
+
+def put(*arguments: int) -> None:
+    """Rows to the rail's ranks: as announce, then the arguments of CudaWire.put. Capturable."""
 
 def finalize() -> None:
     """Collective; does nothing when init() has not succeeded in this process."""

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import torch
 
-from ep_runtime.config import EpConfig
+from ep_runtime.config import CombineFormat, EpConfig
 from ep_runtime.connect import Backend, choose_device, connect
 from ep_runtime.errors import SequenceError
 from ep_runtime.handles import Handle, Received
@@ -150,6 +150,7 @@ class Buffer(Rank):
         topk_weights: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         wait_ns: torch.Tensor | None = None,
+        combine_format: CombineFormat | None = None,
     ) -> Pending[torch.Tensor]:
         """Bring expert results home: out[t] = sum over k of weight[t, k] * y(expert of k, t).
 
@@ -161,11 +162,16 @@ class Buffer(Rank):
                       the rows, which wait for them
         out           [T, H] bf16, contiguous; allocated if None. A token without experts gets zeros
         wait_ns       int64 [R], contiguous: += nanoseconds that each rank kept this one waiting
+        combine_format  of each rank's sums, the same on every rank; None: the configuration's; one
+                      with "bf16" also takes "fp8"
         The order of additions is fixed: equal inputs give equal bits. FP32 inside, rounded to
-        BF16 once per rank and once at the end. Capturable. Raises as dispatch() does.
+        combine_format once per rank (this one included) and to BF16 at the end. Capturable. Raises
+        as dispatch() does.
         """
         self.check()
-        call = self._prepare_combine("combine", y, handle, topk_weights, out, wait_ns)
+        call = self._prepare_combine(
+            "combine", y, handle, topk_weights, out, wait_ns, combine_format
+        )
         chain = handle.chain
         self._tell("combine_send", chain)
         self._ops.combine_send(chain, call.inputs, handle.expected_tokens)
@@ -222,11 +228,14 @@ class Buffer(Rank):
         topk_weights: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         wait_ns: torch.Tensor | None = None,
+        combine_format: CombineFormat | None = None,
     ) -> torch.Tensor:
         """combine() and wait() in one kernel. Capturable. Raises as dispatch_fused() does."""
         self.check()
         self._only_alone("combine_fused", "combine")
-        call = self._prepare_combine("combine_fused", y, handle, topk_weights, out, wait_ns)
+        call = self._prepare_combine(
+            "combine_fused", y, handle, topk_weights, out, wait_ns, combine_format
+        )
         self._tell("combine_fused", handle.chain)
         self._ops.combine_fused(handle.chain, call.inputs, call.output, handle.expected_tokens)
         self._after_host_wait()
@@ -290,8 +299,10 @@ class Buffer(Rank):
         topk_weights: torch.Tensor | None,
         out: torch.Tensor | None,
         wait_ns: torch.Tensor | None,
+        combine_format: CombineFormat | None,
     ) -> _Combine:
         stride = self._checker.combine(y, handle, topk_weights, out)
+        wire = WIRE[self._checker.combine_format(combine_format)]
         self._checker.statistics(None, wait_ns)
         self._claim(op, "combine", handle.chain)
         result = self._out(handle) if out is None else out
@@ -299,6 +310,7 @@ class Buffer(Rank):
         inputs = _C.CombineInput(
             self._shape,
             routing=routing,
+            wire=wire,
             y=y.data_ptr(),
             y_stride=stride,
             late_weights=handle.late_weights,
@@ -308,6 +320,7 @@ class Buffer(Rank):
         output = _C.CombineOutput(
             self._shape,
             routing=routing,
+            wire=wire,
             out=result.data_ptr(),
             num_tokens=handle.num_rows,
             num_tokens_address=0 if handle.num_tokens is None else handle.num_tokens.data_ptr(),

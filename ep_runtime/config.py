@@ -13,6 +13,7 @@ from ep_runtime.native import _C
 
 DispatchFormat = Literal["bf16", "fp8", "opaque"]
 ScaleFormat = Literal["float32", "ue8m0"]
+CombineFormat = Literal["bf16", "fp8"]
 RecvFormat = Literal["batched", "contiguous", "compact"]
 
 MAX_ALIGNMENT = 1024
@@ -47,6 +48,9 @@ class EpConfig:
     scale_format        how FP8 scales are received: "float32", or "ue8m0" (exponent bytes, four to
                         an int32; implies round_scale)
     round_scale         FP8 scales are powers of two
+    combine_format      what a rank's sum of a token's rows travels home as, and is rounded to:
+                        "bf16" (single combines may then choose "fp8"), or "fp8" (e4m3, a float32
+                        scale per 128 channels), which takes half the bytes and half the inbox
     opaque_row_bytes    bytes of an opaque row, a multiple of 16
     opaque_scale_words  4-byte words of scales that come with an opaque row
     recv_format         how received rows lie: see `Received`
@@ -63,6 +67,7 @@ class EpConfig:
     round_scale: bool = False
     opaque_row_bytes: int = 0
     opaque_scale_words: int = 0
+    combine_format: CombineFormat = "bf16"
     recv_format: RecvFormat = "batched"
     alignment: int = 1
 
@@ -82,6 +87,7 @@ class EpConfig:
             )
         _check_choice("dispatch_format", self.dispatch_format, get_args(DispatchFormat))
         _check_choice("scale_format", self.scale_format, get_args(ScaleFormat))
+        _check_choice("combine_format", self.combine_format, get_args(CombineFormat))
         _check_choice("recv_format", self.recv_format, get_args(RecvFormat))
         self._check_opaque()
         if self.alignment != 1 and self.recv_format != "contiguous":

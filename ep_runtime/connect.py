@@ -111,6 +111,8 @@ def agree_on(
     world: World,
     device: torch.device,
     memory: str,
+    *,
+    one_host: bool = True,
 ) -> Agreement:
     """Raise on every rank unless all ranks bring the same. Collective.
 
@@ -118,6 +120,7 @@ def agree_on(
     fingerprint  differs where a package of the same version was built differently
     trouble      what this rank knows to be wrong: every rank raises it
     memory       the kind that GPU ranks ask for: "auto", "ipc" or "nvshmem"
+    one_host     all ranks must be able to share memory
     """
     wanted = memory if device.type == "cuda" else "shm"
     card = {
@@ -125,7 +128,7 @@ def agree_on(
             **fields,
             "backend": device.type,
             "memory": wanted,
-            "host": _host_id(),
+            "host": host_id() if one_host else "",
         },
         "fingerprint": fingerprint,
         "trouble": trouble,
@@ -185,6 +188,6 @@ def _raise_differences(fields: list[dict[str, object]], fingerprints: list[str])
     )
 
 
-def _host_id() -> str:
+def host_id() -> str:
     """The same on processes that can share memory."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

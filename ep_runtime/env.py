@@ -73,6 +73,12 @@ class Env:
         _number(float, 0.001, 86400),
         "the same during warm-up and capture, where ranks load kernels at their own pace",
     )
+    ranks_per_node: int | None = _var(
+        "EP_RANKS_PER_NODE",
+        None,
+        _number(int, 1, 72),
+        "ranks of a node, for groups of the deep_ep interface: unset, those of a host",
+    )
     memory: str = _var(
         "EP_MEMORY",
         "auto",

@@ -46,7 +46,19 @@ def fatal_error(fault: _C.Fault, budget_s: float) -> EpError:
             f"rank {fault.peer} announced {fault.seen} at {where} where at most {fault.expected}"
             f" fit: its heap is damaged or its build differs; {_AFTER}"
         )
+    if fault.code == _C.FAULT_TERMS:
+        return DesyncError(
+            f"rank {fault.peer} works at {where} with {_terms(fault.seen)}, rank {fault.rank} with"
+            f" {_terms(fault.expected)}: give every rank the same mask and combine_format before"
+            f" the same operation; {_AFTER}"
+        )
     return DesyncError(f"unknown fault code {fault.code} at {where}; {_AFTER}")
+
+
+def _terms(word: int) -> str:
+    """What ranks agree on: the mask's digest (of up to 32 ranks the mask itself), the format."""
+    mask, wire = word & 0xFFFFFFFF, word >> 32
+    return f"rank mask {mask:#x} and {'fp8' if wire == _C.WIRE_FP8 else 'bf16'} combines"
 
 
 def _where(fault: _C.Fault) -> str:
@@ -67,6 +79,7 @@ def _told(fault: _C.Fault, where: str) -> EpError:
     cause = {
         _C.FAULT_DESYNC: f"found rank {fault.peer} ahead of it",
         _C.FAULT_COUNT: f"got impossible counts from rank {fault.peer}",
+        _C.FAULT_TERMS: f"found rank {fault.peer} with another rank mask or combine format",
     }.get(fault.seen, f"failed with code {fault.seen}")
     return DesyncError(
         f"rank {fault.rank} {cause} and told this rank, which left {where}; look at rank"

@@ -44,6 +44,7 @@ def shape_of(config: EpConfig, num_ranks: int) -> _C.Shape:
         wire=WIRE[config.dispatch_format],
         opaque_row_bytes=config.opaque_row_bytes,
         opaque_scales=config.opaque_scale_words,
+        combine_wire=WIRE[config.combine_format],
     )
 
 
@@ -56,7 +57,7 @@ def layout_of(config: EpConfig, num_ranks: int) -> Layout:
         sizes=MemorySizes(native["heap_bytes"], native["local_bytes"], _C.fault_bytes()),
         routing_bytes=native["routing_bytes"],
         message_bytes=native["message_bytes"],
-        combine_bytes=2 * config.hidden,
+        combine_bytes=native["combine_bytes"],
         stats_offset=native["stats_offset"],
         stats_stride=native["stats_stride"],
         stats_bytes=native["stats_bytes"],

@@ -28,6 +28,9 @@ class Ops(Protocol):
     def combine_fused(
         self, chain: int, inputs: _C.CombineInput, output: _C.CombineOutput, expected_tokens: int
     ) -> None: ...
+    def set_rank_mask(self, rank: int, masked: bool) -> None: ...
+    def clear_rank_mask(self) -> None: ...
+    def write_rank_mask(self, mask: torch.Tensor) -> None: ...
     def synchronize(self) -> None: ...
 
 
@@ -84,6 +87,16 @@ class HostOps:
         self.combine_send(chain, inputs, expected_tokens)
         self.combine_recv(chain, output)
 
+    def set_rank_mask(self, rank: int, masked: bool) -> None:
+        self.native.set_rank_mask(rank, masked)
+
+    def clear_rank_mask(self) -> None:
+        self.native.clear_rank_mask()
+
+    def write_rank_mask(self, mask: torch.Tensor) -> None:
+        mask.zero_()
+        mask[self.native.read_rank_mask()] = 1
+
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
@@ -119,6 +132,15 @@ class CudaOps:
         self, chain: int, inputs: _C.CombineInput, output: _C.CombineOutput, expected_tokens: int
     ) -> None:
         self.native.combine_fused(chain, inputs, output, expected_tokens, self._stream())
+
+    def set_rank_mask(self, rank: int, masked: bool) -> None:
+        self.native.set_rank_mask(rank, masked, self._stream())
+
+    def clear_rank_mask(self) -> None:
+        self.native.clear_rank_mask(self._stream())
+
+    def write_rank_mask(self, mask: torch.Tensor) -> None:
+        self.native.write_rank_mask(mask.data_ptr(), self._stream())
 
     def synchronize(self) -> None:
         """Wait for all work on the device."""

@@ -33,6 +33,7 @@ class SendOrder:
             for op in get_args(OpName)
             for chain in range(num_chains)
         }
+        self._masked: list[set[int]] = [set() for _ in devices]  # by whom
         # Two per rank, operation and chain: a rank is at most one send ahead of a neighbour's
         # receive.
         self._events: dict[tuple[int, OpName, int, int], torch.cuda.Event] = {}
@@ -56,7 +57,7 @@ class SendOrder:
         """
         counts = self._sent[op, chain]
         number = counts[rank]
-        neighbours = self._neighbours[rank]
+        neighbours = self._waited_for(rank)
         for peer in neighbours:
             if counts[peer] < number:
                 raise SequenceError(
@@ -69,6 +70,16 @@ class SendOrder:
             stream = torch.cuda.current_stream(device)
             for peer in neighbours:
                 stream.wait_event(self._event(peer, op, chain, number))
+
+    def set_masked(self, rank: int, peer: int, masked: bool) -> None:
+        """From now on `rank` does without `peer`, or no longer does."""
+        (self._masked[rank].add if masked else self._masked[rank].discard)(peer)
+
+    def _waited_for(self, rank: int) -> list[int]:
+        masked = self._masked[rank]
+        if rank in masked:
+            return []
+        return [peer for peer in self._neighbours[rank] if peer not in masked]
 
     def forget(self, rank: int) -> None:
         """Start `rank` again from zero, as reset() does."""

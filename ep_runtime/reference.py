@@ -4,13 +4,21 @@ outputs out. Shares no code with the native module; slow and simple on purpose. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from ep_runtime.config import EpConfig
-from ep_runtime.reference_wire import SCALE_GROUP, dequantize_fp8, quantize_fp8, wire_rows
+from ep_runtime.reference_wire import (
+    FP8_MAX,
+    MIN_SUM_AMAX,
+    SCALE_GROUP,
+    dequantize_fp8,
+    quantize_fp8,
+    quantize_sums,
+    wire_rows,
+)
 
 __all__ = [
     "SCALE_GROUP",
@@ -23,10 +31,13 @@ __all__ = [
     "dequantize_fp8",
     "dispatch",
     "quantize_fp8",
+    "without",
 ]
 
 BF16_HALF_ULP = 2.0**-8  # the largest relative error of one rounding to BF16
 FP32_HALF_ULP = 2.0**-24
+FP8_HALF_ULP = 2.0**-4  # of e4m3
+FP8_HALF_SUBNORMAL = 2.0**-10  # half the distance of its smallest numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +151,22 @@ def _places(config: EpConfig, inputs: Sequence[RankInput], rank: int) -> _Places
                 row_of[flat, k] = following[cursor]
                 following[cursor] += 1
     return _Places(counts, messages, first, token_of, row_of)
+
+
+def without(
+    config: EpConfig, inputs: Sequence[RankInput], masked: Collection[int]
+) -> list[RankInput]:
+    """The inputs as they count where the ranks in `masked` are masked on all others: those send
+    nothing, and nobody chooses their experts.
+    """
+    experts = config.local_experts(len(inputs))
+    kept = []
+    for rank, one in enumerate(inputs):
+        idx = one.topk_idx.clone()
+        for peer in masked:
+            idx[(idx >= peer * experts) & (idx < (peer + 1) * experts)] = -1
+        kept.append(replace(one, topk_idx=idx, num_tokens=0 if rank in masked else one.num_tokens))
+    return kept
 
 
 def dispatch(config: EpConfig, inputs: Sequence[RankInput]) -> list[Expected]:
@@ -265,6 +292,7 @@ def combine(
     """Every rank's result in FP64. outputs[r]: bf16, in the shape of rank r's Received.x."""
     weights = _entry_weights(config, inputs).double()
     total = torch.zeros((weights.shape[0], config.hidden), dtype=torch.float64)
+    travelling = torch.zeros_like(total)
     partials, products = torch.zeros_like(total), torch.zeros_like(total)
     for rank in range(len(inputs)):
         partial = torch.zeros_like(total)
@@ -273,11 +301,15 @@ def combine(
             products += (weights[:, k, None] * rows).abs()
         total += partial
         partials += partial.abs()
+        if config.combine_format == "fp8":
+            travelling += _fp8_bound(partial)
+    if config.combine_format == "bf16":
+        travelling = BF16_HALF_ULP * partials
     # One rounding per partial sum, one of the total, and FP32 additions in between.
     additions = 2 * (config.topk + len(inputs)) * FP32_HALF_ULP * products
-    bound = 1.01 * (BF16_HALF_ULP * (partials + total.abs()) + additions)
+    bound = 1.01 * (travelling + BF16_HALF_ULP * total.abs() + additions)
     # A partial's own rounding moves the total that is rounded last.
-    bound += BF16_HALF_ULP**2 * partials + torch.finfo(torch.bfloat16).tiny
+    bound += BF16_HALF_ULP * travelling + torch.finfo(torch.bfloat16).tiny
     return [
         Combined(exact, limit)
         for exact, limit in zip(
@@ -286,13 +318,31 @@ def combine(
     ]
 
 
+def _fp8_bound(partial: torch.Tensor) -> torch.Tensor:
+    """How far rounding to e4m3 moves each value: half its step, or half that of subnormals."""
+    groups = partial.view(*partial.shape[:-1], -1, SCALE_GROUP)
+    amax = groups.abs().amax(-1).clamp_min(MIN_SUM_AMAX)
+    smallest = FP8_HALF_SUBNORMAL / FP8_MAX * amax.repeat_interleave(SCALE_GROUP, dim=-1)
+    return torch.maximum(FP8_HALF_ULP * partial.abs(), smallest)
+
+
+def _travelled(config: EpConfig, partial: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """total + a rank's sum as it arrives, in FP32."""
+    if config.combine_format == "bf16":
+        return total + partial.bfloat16().float()
+    values, scales = quantize_sums(partial)
+    scale = scales.double().repeat_interleave(SCALE_GROUP, dim=-1)
+    return (scale * values.double() + total.double()).float()
+
+
 def combine_in_order(
     config: EpConfig, inputs: Sequence[RankInput], outputs: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Every rank's result in BF16, with the protocol's roundings.
 
-    Per rank: acc = fma(weight, row, acc) in FP32, in k order from 0, rounded to BF16. Then the
-    ranks' sums added in FP32, in rank order from 0, rounded to BF16. The fma is made in FP64 and
+    Per rank: acc = fma(weight, row, acc) in FP32, in k order from 0, rounded to BF16, or to FP8
+    with its scale. Then the ranks' sums added in FP32, in rank order from 0 (FP8: fma(scale, value,
+    acc)), rounded to BF16. The fma is made in FP64 and
     rounded to FP32: twice rounded, so a result may differ from a true one by one BF16 ulp.
     """
     weights = _entry_weights(config, inputs).double()
@@ -302,5 +352,5 @@ def combine_in_order(
         partial = torch.zeros_like(total)
         for k, rows in enumerate(terms):
             partial = (weights[:, k, None] * rows + partial.double()).float()
-        total = torch.where(sent[:, None], total + partial.bfloat16().float(), total)
+        total = torch.where(sent[:, None], _travelled(config, partial, total), total)
     return _per_source(config, inputs, total.bfloat16())

@@ -9,6 +9,7 @@ from ep_runtime.config import EpConfig
 SCALE_GROUP = 128
 FP8_MAX = 448.0
 MIN_AMAX = 1e-4
+MIN_SUM_AMAX = 1e-30
 EXPONENTS_PER_WORD = 4
 FLOAT_MANTISSA_BITS = 23
 
@@ -25,6 +26,15 @@ def quantize_fp8(x: torch.Tensor, round_scale: bool = False) -> tuple[torch.Tens
         values = (groups.double() / scale.double()).to(torch.float8_e4m3fn)
         return values.flatten(-2), scale.squeeze(-1)
     # Tensor by tensor: torch divides by (or into) a Python number through a reciprocal.
+    most = torch.full_like(amax, FP8_MAX)
+    values = (groups * (most / amax)).to(torch.float8_e4m3fn)
+    return values.flatten(-2), (amax / most).squeeze(-1)
+
+
+def quantize_sums(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., H] float32 -> ([..., H] float8_e4m3fn, [..., H/128] float32), as FP8 combines do."""
+    groups = sums.unflatten(-1, (-1, SCALE_GROUP))  # type: ignore[no-untyped-call]
+    amax = groups.abs().amax(-1, keepdim=True).clamp_min(MIN_SUM_AMAX)
     most = torch.full_like(amax, FP8_MAX)
     values = (groups * (most / amax)).to(torch.float8_e4m3fn)
     return values.flatten(-2), (amax / most).squeeze(-1)

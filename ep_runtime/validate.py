@@ -9,8 +9,8 @@ from typing import NoReturn
 
 import torch
 
-from ep_runtime.config import EpConfig
-from ep_runtime.errors import SequenceError, ShapeError
+from ep_runtime.config import CombineFormat, EpConfig
+from ep_runtime.errors import ConfigError, SequenceError, ShapeError
 from ep_runtime.handles import Handle
 from ep_runtime.receive import ReceiveBuffer
 
@@ -131,6 +131,18 @@ class Checker:
             self._weights(topk_weights, handle.num_rows)
         elif handle.late_weights:
             _wrong("topk_weights", None, "a tensor", "the dispatch of this handle had none")
+
+    def combine_format(self, wanted: CombineFormat | None) -> CombineFormat:
+        """The format of one combine. Raises ConfigError where the inbox has no room for it."""
+        configured = self._config.combine_format
+        if wanted is None or wanted == configured:
+            return configured
+        if (configured, wanted) != ("bf16", "fp8"):
+            raise ConfigError(
+                f"combine_format={wanted!r} on a Buffer made for {configured!r}: only one made for"
+                " 'bf16' has room for another ('fp8'); build the EpConfig with the format you need"
+            )
+        return wanted
 
     def _receive(self, out: ReceiveBuffer) -> None:
         if not isinstance(out, ReceiveBuffer):

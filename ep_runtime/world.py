@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -42,9 +42,12 @@ class World:
             )
         self.rank = rank
         self.num_ranks = num_ranks
+        self.members = list(range(num_ranks))  # what errors call the ranks
         self.timeout_s = env.read().warmup_timeout_s if timeout_s is None else timeout_s
         self._store = store
         self._calls = 0
+        self._meetings = 0  # of some ranks without the others
+        self._parts = 0
         self._prefix = ""
         if store is not None:
             # The store counts, so worlds over one store stay apart and restarts get fresh keys.
@@ -94,41 +97,82 @@ class World:
         self._calls += 1
         if self._store is None:
             return [data]
-        limit = self.timeout_s if timeout_s is None else timeout_s
+        keys = [f"{self._prefix}/{self._calls}/{rank}" for rank in range(self.num_ranks)]
+        values = self._gather(self._store, keys, data, self._limit(timeout_s), self._calls)
+        if self._calls > 1:
+            # Everybody is in this collective, so nobody still reads the one before.
+            self._store.delete_key(f"{self._prefix}/{self._calls - 1}/{self.rank}")
+        return [value for value in values if value is not None]
+
+    def meet_without(self, absent: Collection[int], *, timeout_s: float | None = None) -> None:
+        """barrier() of the ranks that are not in `absent`; all of them must name the same.
+
+        Raises ConfigError if they do not, PeerTimeout for a rank that is neither here nor absent.
+        A rank that counts itself absent meets nobody.
+        """
+        if not absent:
+            self.barrier(timeout_s=timeout_s)
+            return
+        if self._store is None or self.rank in absent:
+            return
+        self._meetings += 1
+        mine = json.dumps(sorted(absent))
+        prefix = f"{self._prefix}/without/{self._meetings}"
+        keys = ["" if rank in absent else f"{prefix}/{rank}" for rank in range(self.num_ranks)]
+        told = self._gather(
+            self._store, keys, mine.encode(), self._limit(timeout_s), self._meetings
+        )
+        for rank, other in enumerate(told):
+            if other is not None and other.decode() != mine:
+                raise ConfigError(
+                    f"rank {rank} goes on without ranks {other.decode()}, rank {self.rank} without"
+                    f" {mine}: mask the same ranks on every rank that is left, then reset() again"
+                )
+
+    def _limit(self, timeout_s: float | None) -> float:
+        return self.timeout_s if timeout_s is None else timeout_s
+
+    def _gather(
+        self, store: Store, keys: list[str], data: bytes, limit_s: float, number: int
+    ) -> list[bytes | None]:
         try:
-            return self._exchange(self._store, data, limit)
+            return self._exchange(store, keys, data, limit_s, number)
         except dist.DistError as error:
             raise GroupFault(
                 f"rank {self.rank} lost the store that joins the ranks ({error}); its host (rank"
                 " 0 or the launcher) is gone: end this process and start the group again"
             ) from error
 
-    def _exchange(self, store: Store, data: bytes, limit_s: float) -> list[bytes]:
-        keys = [f"{self._prefix}/{self._calls}/{rank}" for rank in range(self.num_ranks)]
+    def _exchange(
+        self, store: Store, keys: list[str], data: bytes, limit_s: float, number: int
+    ) -> list[bytes | None]:
+        """What is behind every key; a rank without a key is not asked."""
         # Never empty: not every store takes that. Any bytes are taken, the stub says str.
         store.set(keys[self.rank], b"=" + data)  # type: ignore[arg-type]
         started = time.monotonic()
         try:
-            store.wait(keys, timedelta(seconds=limit_s))
+            store.wait([key for key in keys if key], timedelta(seconds=limit_s))
         except dist.DistStoreError as error:
-            missing = next((r for r, key in enumerate(keys) if not store.check([key])), None)
-            if missing is None:
-                return self._collect(store, keys)
+            absent = next((r for r, key in enumerate(keys) if key and not store.check([key])), None)
+            if absent is None:
+                return _collect(store, keys)
+            missing = self.members[absent]
             raise PeerTimeout(
-                f"rank {missing} did not reach collective {self._calls} within"
+                f"rank {missing} did not reach collective {number} within"
                 f" {time.monotonic() - started:.1f} s (limit {limit_s:g} s); look at that"
                 " rank's log, or raise EP_WARMUP_TIMEOUT_S if it was only slow",
-                rank=self.rank,
+                rank=self.members[self.rank],
                 peer=missing,
             ) from error
-        return self._collect(store, keys)
+        return _collect(store, keys)
 
-    def _collect(self, store: Store, keys: list[str]) -> list[bytes]:
-        values = [bytes(store.get(key))[1:] for key in keys]
-        if self._calls > 1:
-            # Everybody is in this collective, so nobody still reads the one before.
-            store.delete_key(f"{self._prefix}/{self._calls - 1}/{self.rank}")
-        return values
+    def part(self, members: Sequence[int]) -> World:
+        """The world of some ranks of this one, in this order. Does not communicate.
+
+        Every rank takes the same number of parts, each of them one that it is a member of.
+        """
+        self._parts += 1
+        return _PartWorld(self, members, f"{self._prefix}/part{self._parts}")
 
     def broadcast(self, data: bytes, root: int = 0) -> bytes:
         """`data` of rank `root` (what other ranks pass is ignored)."""
@@ -159,11 +203,27 @@ class World:
         return result
 
 
+def _collect(store: Store, keys: list[str]) -> list[bytes | None]:
+    return [bytes(store.get(key))[1:] if key else None for key in keys]
+
+
 def _same_kind(name: str) -> type[EpError]:
     kind = getattr(errors, name, BuildError)
     if isinstance(kind, type) and issubclass(kind, EpError) and kind is not PeerTimeout:
         return kind
     return GroupFault
+
+
+class _PartWorld(World):
+    """Some ranks of a world, over the same store."""
+
+    def __init__(self, whole: World, members: Sequence[int], prefix: str) -> None:
+        super().__init__(None, 0, 1, whole.timeout_s)
+        self.rank = list(members).index(whole.rank)
+        self.num_ranks = len(members)
+        self.members = [whole.members[member] for member in members]
+        self._store = whole._store if self.num_ranks > 1 else None
+        self._prefix = f"{prefix}/{'-'.join(map(str, self.members))}"
 
 
 class VirtualWorld(World):
@@ -184,3 +244,7 @@ class VirtualWorld(World):
     def barrier(self, *, timeout_s: float | None = None) -> None:
         """Nothing: one thread drives all ranks."""
         del timeout_s
+
+    def meet_without(self, absent: Collection[int], *, timeout_s: float | None = None) -> None:
+        """Nothing."""
+        del absent, timeout_s

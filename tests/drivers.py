@@ -25,6 +25,7 @@ class Options:
     counting     add to the driver's cumulative_recv_count
     timing       add to the driver's wait_ns, in combines of the handle as well
     scale_order  how opaque scales lie: "rows", "columns" or "gaps" (every second word)
+    combine_format  of combines of the handle, as combine() takes it
     """
 
     into: str | None = None
@@ -33,6 +34,7 @@ class Options:
     counting: bool = False
     timing: bool = False
     scale_order: str = "rows"
+    combine_format: str | None = None
 
 
 PLAIN = Options()
@@ -58,6 +60,7 @@ class Driver:
             for op in ("dispatch", "combine")
         }
         self._timed: set[str | int] = set()
+        self._combine_formats: dict[str | int, str | None] = {}
         self._keys: dict[int, str | int] = {}
 
     def open_receive(self, name: str, options: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -132,6 +135,7 @@ class Driver:
         )
         self._keys[chain] = key = chain if options.into is None else options.into
         (self._timed.add if options.timing else self._timed.discard)(key)
+        self._combine_formats[key] = options.combine_format
 
     def receive(self, chain: int = 0) -> Snapshot:
         received = self.pending.pop(("dispatch", chain)).wait()
@@ -168,6 +172,7 @@ class Driver:
             topk_weights=None if weights is None else weights.to(self.buffer.device),
             out=self._out(handle),
             wait_ns=self.waited["combine"] if key in self._timed else None,
+            combine_format=self._combine_formats.get(key),  # type: ignore[arg-type]
         )
 
     def collect(self, chain: int = 0) -> torch.Tensor:
@@ -200,7 +205,9 @@ class Driver:
             **sizes,
             **self._called(rank_input, options),
         )
-        self.handles[chain if options.into is None else options.into] = self.fused.handle
+        key = chain if options.into is None else options.into
+        self.handles[key] = self.fused.handle
+        self._combine_formats[key] = options.combine_format
 
     def combine_fused(
         self, y: torch.Tensor, key: str | int = 0, weights: torch.Tensor | None = None
@@ -211,6 +218,7 @@ class Driver:
             handle,
             topk_weights=None if weights is None else weights.to(self.buffer.device),
             out=self._out(handle),
+            combine_format=self._combine_formats.get(key),  # type: ignore[arg-type]
         )
 
     def fused_result(self) -> Snapshot | torch.Tensor:
@@ -223,6 +231,10 @@ class Driver:
         """An attribute of the Buffer, called if it is a method."""
         value = getattr(self.buffer, name)
         return value(*arguments) if callable(value) else value
+
+    def mask(self) -> torch.Tensor:
+        """Which ranks are masked, as the device has it."""
+        return self.buffer.rank_mask().cpu()
 
     def reset_alone(self) -> None:
         """Lose this rank's state without telling the others."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from drivers import PLAIN, Driver, Options
-from gpus import num_gpus
+from gpus import OWN_PROCESS, num_gpus
 from support import Snapshot
 from torch.distributed import TCPStore
 
@@ -242,7 +242,7 @@ def _work(
     meet_s: float,
     environment: dict[str, str] | None,
 ) -> None:
-    os.environ.update(environment or {})
+    os.environ.update({**OWN_PROCESS, **(environment or {})})
     torch.set_num_threads(1)
     if backend == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())

@@ -8,36 +8,41 @@
 namespace ep {
 
 // Looks at every line of a kernel's arguments while the kernel before it still runs: each first
-// look is a constant-cache miss that would otherwise lie on the way to the wire. A warp takes a
-// line.
+// look is a constant-cache miss that would otherwise lie on the way to the wire. A warp takes two
+// lines: that covers everything but the far end of the table of peers.
 template <class Args>
-__device__ __forceinline__ void fetch_arguments(const Args& args) {
+__device__ __forceinline__ void fetch_arguments(const Args& args, int threads) {
     constexpr int kWords = 64 / sizeof(int32_t);
-    const int at = static_cast<int>(threadIdx.x / 32) * kWords;
-    if (at < static_cast<int>(sizeof(Args) / sizeof(int32_t))) {
-        ptx::keep(reinterpret_cast<const int32_t*>(&args)[at]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int at = (static_cast<int>(threadIdx.x) + i * threads) / 32 * kWords;
+        if (at < static_cast<int>(sizeof(Args) / sizeof(int32_t))) {
+            ptx::keep(reinterpret_cast<const int32_t*>(&args)[at]);
+        }
     }
 }
 
 // Every kernel starts so: nothing of earlier kernels is read before the wait, and no more than one
-// kernel is let in behind this one. Returns the epoch the operation works at.
+// kernel is let in behind this one. Returns what the operation works at.
 //
 // A group that gave up is reported, not obeyed: its sends write what nobody reads, and its waits
 // end at their first check. To stop here, a whole CTA would have to agree first, on the way to the
 // wire.
 template <class Args>
-__device__ __forceinline__ uint64_t begin(const Args& args, Op op) {
+__device__ __forceinline__ Turn begin(const Args& args, Op op) {
     const View& view = args.view;
-    if (view.starts_early) fetch_arguments(args);
+    const int threads = op == Op::kDispatch ? kThreads : kCombineThreads;
+    if (view.starts_early) fetch_arguments(args, threads);
     ptx::await_previous_kernel();
     ptx::allow_next_kernel();
     const ChainState& state = *view.state;
     const uint64_t epoch = (op == Op::kDispatch ? state.dispatched : state.combined) + 1;
-    if (blockIdx.x == 0 && threadIdx.x == kThreads - 1) {
+    const Absent absent = Absent::load(view);
+    if (blockIdx.x == 0 && static_cast<int>(threadIdx.x) == threads - 1) {
         const uint64_t word = ptx::load_relaxed_sys(abort_word(view, view.rank));
-        if (word != 0) record_abort(view, op, word);
+        if (word != 0) heed_abort(view, op, word);
     }
-    return epoch;
+    return {epoch, absent};
 }
 
 }  // namespace ep

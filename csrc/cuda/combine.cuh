@@ -1,15 +1,14 @@
 // Combine: the expert's rank adds up its rows of each message and sends the sum home; the source
 // adds what its ranks sent.
 //
-// Both halves work on parts of a row: thread v of a part moves vector v of its lines, in registers.
-// Sums are FP32 in a fixed order (k, then rank), rounded to BF16 once at the sender and once at
-// home.
+// Both sides work on units of a row, one warp each. Sums are FP32 in a fixed order (k, then rank),
+// rounded to BF16 once at the sender and once at home. (Sums that travel as FP8: combine_fp8.cuh.)
 #pragma once
 
 #include "cuda/kernels.h"
 #include "cuda/late_weights.cuh"
-#include "cuda/lines.cuh"
-#include "ep/fp8.h"
+#include "cuda/sums.cuh"
+#include "cuda/units.cuh"
 
 namespace ep {
 
@@ -20,234 +19,297 @@ enum class OwnRows { kThroughInbox, kDirect };
 // When weights came: with the dispatch, or with this combine (late_weights.cuh).
 enum class Weights { kKnown, kLate };
 
-// Eight channels' sums: two granules of four.
-struct Sum8 {
-    float f[8] = {};
+inline constexpr int kRowsAtOnce = 2;  // rows of experts in flight
 
-    // acc = w * x + acc, each rounded once: the host backend does the same.
-    __device__ __forceinline__ void add(float w, ptx::Vector x) {
-        const uint32_t words[4] = {static_cast<uint32_t>(x.lo), static_cast<uint32_t>(x.lo >> 32),
-                                   static_cast<uint32_t>(x.hi), static_cast<uint32_t>(x.hi >> 32)};
+// A lane's vectors of a unit, as sums.
+struct Sum {
+    Sum8 of[SumUnit::kVectors];
+
+    __device__ __forceinline__ void add(const SumUnit& unit) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            f[2 * j] = __fmaf_rn(w, bits_to_float(words[j] << 16), f[2 * j]);
-            f[2 * j + 1] = __fmaf_rn(w, bits_to_float(words[j] & 0xffff0000u), f[2 * j + 1]);
-        }
+        for (int j = 0; j < SumUnit::kVectors; ++j) of[j].add(1.0f, unit.v[j]);
     }
-    __device__ __forceinline__ uint64_t granule(int g) const {
-        const uint64_t lo = ptx::pack_bf16x2(f[4 * g], f[4 * g + 1]);
-        const uint64_t hi = ptx::pack_bf16x2(f[4 * g + 2], f[4 * g + 3]);
-        return lo | (hi << 32);
-    }
-    __device__ __forceinline__ ptx::Vector vector() const { return {granule(0), granule(1)}; }
-};
-
-// This thread's vector of a part of a row.
-struct Place {
-    int vector;  // -1: none
-    int granule;  // its first
-    bool has_lo;
-    bool has_hi;  // a tag is not a granule
-
-    static __device__ __forceinline__ Place of(const View& view, int part) {
-        const int t = static_cast<int>(threadIdx.x);
-        const int v = part * view.part_vectors + t;
-        const bool mine = t < view.part_vectors && v < view.combine_vectors;
-        const int g = first_granule(v);
-        return {mine ? v : -1, g, mine && g < view.num_granules,
-                mine && !holds_tag(v) && g + 1 < view.num_granules};
+    __device__ __forceinline__ SumUnit rounded() const {
+        SumUnit out;
+#pragma unroll
+        for (int j = 0; j < SumUnit::kVectors; ++j) out.v[j] = of[j].vector();
+        return out;
     }
 };
 
-// Some entries of a message's list of rows; those behind its end have no row.
-struct RefBatch {
-    static constexpr int kSize = 4;
-    RowRef ref[kSize];
-
-    __device__ __forceinline__ void load(const View& view, const RowRef* refs, int k) {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-            ref[j] = k + j < view.topk ? refs[k + j] : RowRef{-1, 0.0f};
-        }
-    }
-};
-
-// Adds the rows of a batch. False: the list ended in it.
-template <class Weight>
-__device__ __forceinline__ bool add_rows(const CombineInput& in, RefBatch batch, const Place& place,
-                                         Weight weight, Sum8& sum) {
-    ptx::Vector x[RefBatch::kSize] = {};
-    bool more = true;
-#pragma unroll
-    for (int j = 0; j < RefBatch::kSize; ++j) {
-        more = more && batch.ref[j].row >= 0;
-        if (!more) batch.ref[j].row = -1;
-        const auto* row =
-            reinterpret_cast<const uint64_t*>(in.y + batch.ref[j].row * in.row_stride) +
-            place.granule;
-        if (more && place.has_lo) x[j].lo = row[0];
-        if (more && place.has_hi) x[j].hi = row[1];
-    }
-#pragma unroll
-    for (int j = 0; j < RefBatch::kSize; ++j) {
-        if (batch.ref[j].row >= 0) sum.add(weight(batch.ref[j]), x[j]);
-    }
-    return more;
+__device__ __forceinline__ int sum_lines(const View& view, int unit) {
+    return min(kSumDataLines, view.sum_lines - unit * kSumDataLines);
 }
 
-// The weighted sum of a message's rows. `batch`: the first of the list, already loaded.
-template <class Weight>
-__device__ __forceinline__ Sum8 reduce_rows(const View& view, const CombineInput& in,
-                                            const RowRef* refs, RefBatch batch, const Place& place,
-                                            Weight weight) {
-    Sum8 sum;
+// Lane k: entry k of a message's list of rows.
+__device__ __forceinline__ RowRef load_ref(const View& view, const Routing& routing, int source,
+                                           int slot) {
+    const int64_t message = source * view.max_tokens + slot;
+    return lane_id() < view.topk ? routing.refs[message * view.topk + lane_id()] : RowRef{-1, 0.0f};
+}
+
+// Adds the rows of a message's list, kRowsAtOnce at a time. Lane k holds the weight of entry k.
+// `byte`: where each of the lane's vectors lies in a row; lanes that have no data there give any
+// place in it, and nobody uses their sums. Whole warps.
+template <int kVectors>
+__device__ __forceinline__ void add_rows(const CombineInput& in, RowRef ref, float weight,
+                                         const int (&byte)[kVectors], Sum8 (&sum)[kVectors]) {
+    const int listed = __ffs(__ballot_sync(kFullWarp, ref.row < 0)) - 1;
+    const int end = listed < 0 ? 32 : listed;
+    const auto* y = reinterpret_cast<const uint8_t*>(in.y);
 #pragma unroll 1
-    for (int k = RefBatch::kSize;; k += RefBatch::kSize) {
-        if (!add_rows(in, batch, place, weight, sum) || k >= view.topk) return sum;
-        batch.load(view, refs, k);
+    for (int base = 0; base < end; base += kRowsAtOnce) {
+        ptx::Vector x[kRowsAtOnce][kVectors];
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+            const int64_t row = __shfl_sync(kFullWarp, ref.row, base + i);
+            if (base + i >= end) continue;
+            const uint8_t* from = y + 2 * row * in.row_stride;
+#pragma unroll
+            for (int j = 0; j < kVectors; ++j) {
+                x[i][j] = *reinterpret_cast<const ptx::Vector*>(from + byte[j]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+            const float w = __shfl_sync(kFullWarp, weight, base + i);
+            if (base + i >= end) continue;
+#pragma unroll
+            for (int j = 0; j < kVectors; ++j) sum[j].add(w, x[i][j]);
+        }
     }
 }
 
-__device__ __forceinline__ const RowRef* refs_of(const View& view, const CombineInput& in,
-                                                 int source, int slot) {
-    return in.routing.refs + static_cast<int64_t>(source * view.max_tokens + slot) * view.topk;
+// A unit of a message's weighted sum, rounded. `ref`: load_ref of the message. Whole warps; false:
+// gave up.
+template <Weights kWeights>
+__device__ __forceinline__ bool sum_message(const View& view, const CombineInput& in, Watch& watch,
+                                            int source, int slot, RowRef ref, int unit, int lines,
+                                            uint64_t epoch, SumUnit& out) {
+    float weight = ref.weight;
+    if constexpr (kWeights == Weights::kLate) {
+        LateWeights late{};
+        if (!late.load(view, in, watch, source, slot, epoch)) return false;
+        weight = late.of(ref);
+    }
+    int byte[SumUnit::kVectors];
+#pragma unroll
+    for (int j = 0; j < SumUnit::kVectors; ++j) {
+        byte[j] = SumUnit::has_data(j, lines) ? unit * kSumBytes + unit_byte(j) : 0;
+    }
+    Sum sum;
+    add_rows(in, ref, weight, byte, sum.of);
+    out = sum.rounded();
+    return true;
 }
-
-struct KnownWeight {
-    __device__ __forceinline__ float operator()(const RowRef& ref) const { return ref.weight; }
-};
 
 // Most messages of one source in the handle's dispatch. Whole warps.
 __device__ __forceinline__ int most_received(const View& view, const Routing& routing) {
     int most = 0;
 #pragma unroll 1
-    for (int s = threadIdx.x & 31; s < view.num_ranks; s += 32) {
-        most = max(most, routing.received[s]);
-    }
+    for (int s = lane_id(); s < view.num_ranks; s += 32) most = max(most, routing.received[s]);
     return __reduce_max_sync(kFullWarp, most);
 }
 
-// The parts of all messages, slot by slot; within a slot, the sources in turn.
+// The units of all messages, slot by slot; within a slot, the sources in turn.
 struct SendItem {
     int slot;
     int source;
-    int part;
+    int unit;
 
     template <OwnRows kOwn>
     static __device__ __forceinline__ SendItem of(const View& view, int item) {
         constexpr bool kDirect = kOwn == OwnRows::kDirect;
-        const int slot = kDirect ? view.by_remote_items(item) : view.by_slot_items(item);
-        const int sources = kDirect ? view.num_ranks - 1 : view.num_ranks;
-        const int within = item - slot * sources * view.parts;
-        const int source = view.by_parts(within);
+        const int message = view.by_sums(item);
+        const int slot = kDirect ? view.by_others(message) : view.by_ranks(message);
+        const int source = message - slot * (kDirect ? view.num_ranks - 1 : view.num_ranks);
         const bool past_us = kDirect && source >= view.rank;
-        return {slot, past_us ? source + 1 : source, within - source * view.parts};
+        return {slot, past_us ? source + 1 : source, item - message * view.sums};
     }
 };
 
-// This thread's vector of a message's sum. Whole warps; false: gave up.
-template <Weights kWeights>
-__device__ __forceinline__ bool sum_message(const View& view, const CombineInput& in, Watch& watch,
-                                            int source, int slot, const RefBatch& batch,
-                                            const Place& place, uint64_t epoch, ptx::Vector& sum) {
-    const RowRef* refs = refs_of(view, in, source, slot);
-    if constexpr (kWeights == Weights::kKnown) {
-        sum = reduce_rows(view, in, refs, batch, place, KnownWeight{}).vector();
-    } else {
-        LateWeights late{};
-        if (!late.load(view, in, watch, source, slot, epoch)) return false;
-        sum = reduce_rows(view, in, refs, batch, place, late).vector();
+// The CTAs that send. Pairs with await_sums at each message's source. Warps that gave up leave one
+// by one: no barrier follows, and the abort word stops whatever comes next.
+template <OwnRows kOwn, Weights kWeights>
+__device__ __forceinline__ void send_sums(const View& view, const CombineInput& in,
+                                          const Turn& turn, Share share) {
+    if (kOwn == OwnRows::kDirect && view.num_ranks == 1) return;
+    SendItem item = SendItem::of<kOwn>(view, share.first);
+    const auto load = [&] {
+        return item.slot < view.max_tokens ? load_ref(view, in.routing, item.source, item.slot)
+                                           : RowRef{-1, 0.0f};
+    };
+    RowRef ref = load();  // asked for together with the counts
+    const int most = most_received(view, in.routing);
+    Watch watch{view, Op::kCombine};
+#pragma unroll 1
+    for (int i = share.first; item.slot < most;) {
+        const SendItem now = item;
+        const RowRef mine = ref;
+        item = SendItem::of<kOwn>(view, i += share.step);
+        ref = load();
+        if (now.slot >= in.routing.received[now.source]) continue;
+        if (turn.absent.has(view, now.source)) continue;
+        const int lines = sum_lines(view, now.unit);
+        SumUnit out;
+        if (!sum_message<kWeights>(view, in, watch, now.source, now.slot, mine, now.unit, lines,
+                                   turn.epoch, out)) {
+            return;
+        }
+        out.pack(turn.epoch);
+        out.store(view.peer[now.source] + view.combine_out + view.combine_at(turn.epoch) +
+                      static_cast<int64_t>(now.slot) * view.combine_stride +
+                      now.unit * kSumLines * kLineBytes,
+                  lines);
     }
-    return true;
 }
 
-// Adds up one part of one message and sends it. Pairs with gather_vector at the message's source.
+// Waits for one unit of each of N rows; a null pointer asks for nothing and gives zeros. Whole
+// warps; false: gave up.
+template <int N>
+__device__ __forceinline__ bool await_sums(Watch& watch, const uint8_t* const (&from)[N],
+                                           const int (&peers)[N], int lines, uint64_t epoch,
+                                           SumUnit (&unit)[N]) {
+    while (true) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int j = 0; j < SumUnit::kVectors; ++j) {
+                unit[n].v[j] = {0, epoch};
+                if (from[n] != nullptr && SumUnit::holds(j, lines)) {
+                    unit[n].v[j] = ptx::load_line_vector(from[n] + SumUnit::byte_of(j, lines));
+                }
+            }
+        }
+        Missing missing{false, -1, epoch, 0, nullptr};
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int j = 0; j < SumUnit::kVectors; ++j) {
+                if (!holds_tag(lane_id()) || unit[n].v[j].hi == epoch) continue;
+                missing.waiting = true;
+                missing.peer = peers[n];
+                missing.seen = unit[n].v[j].hi;
+                missing.at = from[n] + SumUnit::byte_of(j, lines);
+            }
+        }
+        if (!__any_sync(kFullWarp, missing.waiting)) return true;
+        if (!wait_for_more(watch, missing)) return false;
+    }
+}
+
+// Adds what the ranks sent for one unit of a token, in rank order. `sent` [R]: the token's slots.
 // Whole warps; false: gave up.
-template <Weights kWeights>
-__device__ __forceinline__ bool send_item(const View& view, const CombineInput& in, Watch& watch,
-                                          const SendItem& item, uint64_t epoch) {
-    // Asked for together; whether the message exists is known when both are here.
-    RefBatch batch;
-    batch.load(view, refs_of(view, in, item.source, item.slot), 0);
-    if (item.slot >= in.routing.received[item.source]) return true;
-    const Place place = Place::of(view, item.part);
-    ptx::Vector out{};
-    if (!sum_message<kWeights>(view, in, watch, item.source, item.slot, batch, place, epoch, out)) {
-        return false;
-    }
-    if (holds_tag(place.vector)) out.hi = epoch;
-    uint8_t* to = view.peer[item.source] + view.combine_out + view.combine_at(epoch) +
-                  static_cast<int64_t>(item.slot) * view.combine_stride + 16 * place.vector;
-    if (place.vector >= 0) ptx::store_line_vector(to, out);
-    return true;
-}
-
-// One vector of the token's row: waits for it from every rank the token went to, and adds in rank
-// order. Whole warps; false: gave up.
 template <int kInFlight, OwnRows kOwn, Weights kWeights>
-__device__ __forceinline__ bool gather_vector(const View& view, const CombineInput& in,
-                                              Watch& watch, const int32_t* sent_to, int token,
-                                              const Place& place, uint64_t epoch, Sum8& sum) {
-    const int32_t* sent = sent_to + token * view.num_ranks;
-    const uint8_t* inbox = view.combine_in + view.combine_at(epoch);
-    const bool wanted = place.vector >= 0;
-    ptx::Vector mine{};
+__device__ __forceinline__ bool gather_sums(const View& view, const CombineInput& in, Watch& watch,
+                                            const int32_t* sent, int unit, int lines,
+                                            const Turn& turn, Sum& sum) {
+    const uint64_t epoch = turn.epoch;
+    const uint8_t* inbox = view.combine_in + view.combine_at(epoch) + unit * kSumLines * kLineBytes;
+    SumUnit own;
     bool has_own = false;
     if (kOwn == OwnRows::kDirect) {
         const int slot = sent[view.rank];
-        has_own = slot >= 0 && wanted;
-        if (slot >= 0) {
-            RefBatch batch;
-            batch.load(view, refs_of(view, in, view.rank, slot), 0);
+        has_own = slot >= 0 && !turn.absent.has(view, view.rank);
+        if (has_own) {
+            const RowRef ref = load_ref(view, in.routing, view.rank, slot);
             // Rounded as if it had travelled.
-            if (!sum_message<kWeights>(view, in, watch, view.rank, slot, batch, place, epoch,
-                                       mine)) {
+            if (!sum_message<kWeights>(view, in, watch, view.rank, slot, ref, unit, lines, epoch,
+                                       own)) {
                 return false;
             }
         }
     }
 #pragma unroll 1
-    for (int base = 0; base < view.num_ranks; base += kInFlight) {
-        const uint8_t* from[kInFlight];
-        int peers[kInFlight];
-        ptx::Vector row[kInFlight];
+    for (int base = 0; base < view.num_ranks; base += 32) {
+        const int r = base + lane_id();
+        const int slot = r < view.num_ranks && !turn.absent.has(view, r) ? sent[r] : -1;
+        unsigned left = __ballot_sync(kFullWarp, slot >= 0);
+#pragma unroll 1
+        while (left != 0) {
+            const uint8_t* from[kInFlight];
+            int peers[kInFlight];
+            SumUnit rows[kInFlight];
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-            const int r = base + j;
-            const bool direct = kOwn == OwnRows::kDirect && r == view.rank;
-            const int slot = r < view.num_ranks && !direct ? sent[r] : -1;
-            const int64_t at =
-                static_cast<int64_t>(r * view.max_tokens + slot) * view.combine_stride;
-            from[j] = slot >= 0 && wanted ? inbox + at + 16 * place.vector : nullptr;
-            peers[j] = r;
-        }
-        const bool tag_lane = holds_tag(place.vector);
-        if (!await_vectors<kInFlight>(watch, from, peers, tag_lane, epoch, row)) return false;
+            for (int n = 0; n < kInFlight; ++n) {
+                const int lane = left == 0 ? -1 : __ffs(left) - 1;
+                left &= left - 1;
+                const int there = __shfl_sync(kFullWarp, slot, max(lane, 0));
+                peers[n] = lane < 0 ? -1 : base + lane;
+                const bool direct = kOwn == OwnRows::kDirect && peers[n] == view.rank;
+                const int64_t at =
+                    static_cast<int64_t>(peers[n] * view.max_tokens + there) * view.combine_stride;
+                from[n] = lane >= 0 && !direct ? inbox + at : nullptr;
+            }
+            if (!await_sums<kInFlight>(watch, from, peers, lines, epoch, rows)) return false;
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-            if (from[j] != nullptr) sum.add(1.0f, row[j]);
-            if (has_own && base + j == view.rank) sum.add(1.0f, mine);
+            for (int n = 0; n < kInFlight; ++n) {
+                rows[n].unpack();
+                if (from[n] != nullptr) {
+                    sum.add(rows[n]);
+                } else if (has_own && peers[n] == view.rank) {
+                    sum.add(own);
+                }
+            }
         }
     }
     return true;
 }
 
-// Adds up one part of one token. Padding rows and tokens without experts become zeros.
-template <int kInFlight, OwnRows kOwn, Weights kWeights>
-__device__ __forceinline__ bool recv_item(const View& view, const CombineInput& in,
-                                          const CombineOutput& out, Watch& watch, int part,
-                                          int token, int valid, uint64_t epoch) {
-    const Place place = Place::of(view, part);
-    Sum8 sum;
-    if (token < valid && !gather_vector<kInFlight, kOwn, kWeights>(
-                             view, in, watch, out.routing.sent, token, place, epoch, sum)) {
-        return false;
-    }
-    auto* row = reinterpret_cast<uint64_t*>(out.out + static_cast<int64_t>(token) * view.hidden) +
-                place.granule;
-    if (place.has_lo) row[0] = sum.granule(0);
-    if (place.has_hi) row[1] = sum.granule(1);
-    return true;
+struct CombineTokens {
+    int rows;  // of the output
+    int valid;  // that were dispatched
+};
+
+__device__ __forceinline__ CombineTokens combine_tokens(const View& view,
+                                                        const CombineOutput& out) {
+    const int rows = min(out.num_tokens, view.max_tokens);
+    return {rows, out.num_valid == nullptr ? rows : min(rows, *out.num_valid)};
 }
+
+// The CTAs that receive. Padding rows and tokens without experts become zeros.
+template <int kInFlight, OwnRows kOwn, Weights kWeights>
+__device__ __forceinline__ void receive_sums(const View& view, const CombineInput& in,
+                                             const CombineOutput& out, const Turn& turn,
+                                             Share share) {
+    const CombineTokens tokens = combine_tokens(view, out);
+    Watch watch{view, Op::kCombine};
+#pragma unroll 1
+    for (int item = share.first;; item += share.step) {
+        const int token = view.by_sums(item);
+        if (token >= tokens.rows) return;
+        const int unit = item - token * view.sums;
+        const int lines = sum_lines(view, unit);
+        const int32_t* sent = out.routing.sent + static_cast<int64_t>(token) * view.num_ranks;
+        Sum sum;
+        if (token < tokens.valid && !gather_sums<kInFlight, kOwn, kWeights>(
+                                        view, in, watch, sent, unit, lines, turn, sum)) {
+            return;
+        }
+        const SumUnit row = sum.rounded();
+        auto* to = reinterpret_cast<uint8_t*>(out.out + static_cast<int64_t>(token) * view.hidden) +
+                   unit * kSumBytes;
+#pragma unroll
+        for (int j = 0; j < SumUnit::kVectors; ++j) {
+            if (!SumUnit::has_data(j, lines)) continue;
+            *reinterpret_cast<ptx::Vector*>(to + unit_byte(j)) = row.v[j];
+        }
+    }
+}
+
+// Sums that travel as BF16, as the kernels take them (combine_halves.cuh).
+struct Bf16Sums {
+    template <OwnRows kOwn, Weights kWeights>
+    static __device__ __forceinline__ void send(const View& view, const CombineInput& in,
+                                                const Turn& turn, Share share) {
+        send_sums<kOwn, kWeights>(view, in, turn, share);
+    }
+    template <int kInFlight, OwnRows kOwn, Weights kWeights>
+    static __device__ __forceinline__ void receive(const View& view, const CombineInput& in,
+                                                   const CombineOutput& out, const Turn& turn,
+                                                   Share share) {
+        receive_sums<kInFlight, kOwn, kWeights>(view, in, out, turn, share);
+    }
+};
 
 }  // namespace ep

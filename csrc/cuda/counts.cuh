@@ -37,14 +37,25 @@ __device__ __forceinline__ int32_t checked_count(const View& view, int source, u
     return static_cast<int32_t>(limit);
 }
 
-// All counts messages into shared memory. Each warp takes 32 vectors of one source at a time, and
-// publishes the number of messages for the warps that already wait for rows. `meanwhile` runs once,
-// between the first arrival (or at once, in warps with nothing to pull) and what follows from it.
-// False: gave up.
+// Every source must work with this rank's mask. A difference ends the group: every wait that may
+// not be served ends with it.
+__device__ __forceinline__ void compare_masks(const View& view, const Turn& turn, int source,
+                                              uint32_t theirs) {
+    const uint32_t ours = turn.absent.digest(view);
+    if (theirs == ours || blockIdx.x != 0) return;
+    fail(view, FaultCode::kTerms, Op::kDispatch, source, pack_terms(ours, Wire::kBf16),
+         pack_terms(theirs, Wire::kBf16));
+}
+
+// All counts messages into shared memory; those of ranks that are left out are zeros already. Each
+// warp takes 32 vectors of one source at a time, and publishes the number of messages for the warps
+// that already wait for rows. `meanwhile` runs once, between the first arrival (or at once, in
+// warps with nothing to pull) and what follows from it. False: gave up.
 template <class Meanwhile>
 __device__ __forceinline__ bool pull_counts(const View& view, const RecvTarget& target,
-                                            uint64_t epoch, RecvScratch scratch,
+                                            const Turn& turn, RecvScratch scratch,
                                             Meanwhile meanwhile) {
+    const uint64_t epoch = turn.epoch;
     const int local_experts = view.local_experts;
     const int num_vectors = view.counts_vectors;
     const uint8_t* slots = view.counts_in + (epoch & 1) * view.num_ranks * view.counts_stride;
@@ -58,14 +69,14 @@ __device__ __forceinline__ bool pull_counts(const View& view, const RecvTarget& 
          task += kThreads / 32) {
         while (task >= (source + 1) * chunks) ++source;
         const int i = (task - source * chunks) * 32 + lane;
-        const uint8_t* from[1] = {i < num_vectors ? slots + source * view.counts_stride + 16 * i
-                                                  : nullptr};
+        const bool asked = i < num_vectors && !turn.absent.has(view, source);
+        const uint8_t* from[1] = {asked ? slots + source * view.counts_stride + 16 * i : nullptr};
         const int peers[1] = {source};
         ptx::Vector v[1];
         if (!await_vectors<1>(watch, from, peers, holds_tag(lane), epoch, v)) return false;
         if (!told) meanwhile();
         told = true;
-        if (blockIdx.x == 0 && i == 0) {
+        if (blockIdx.x == 0 && asked && i == 0) {
             const uint64_t waited = ptx::global_timer_ns() - start;
             view.stats->wait_ns[source] = waited;
             if (target.wait_ns != nullptr) target.wait_ns[source] += waited;
@@ -75,6 +86,7 @@ __device__ __forceinline__ bool pull_counts(const View& view, const RecvTarget& 
             const int x = 2 * g - 2;
             const auto lo = static_cast<uint32_t>(granule);
             if (g == 0) {
+                compare_masks(view, turn, source, static_cast<uint32_t>(granule >> 32));
                 atomicExch(&scratch.messages[source], checked_count(view, source, lo));
                 return;
             }

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "cuda/device_guard.h"
 #include "cuda/error.h"
 #include "cuda/kernels.h"
+#include "cuda/masks.h"
 
 namespace ep {
 namespace {
@@ -15,6 +17,11 @@ DispatchKernels dispatch_kernels(const View& view, Wire wire) {
                               : plain_dispatch_kernels(view.input_vectors);
 }
 
+CombineKernels combine_kernels(const Shape& shape, Wire wire, bool late_weights) {
+    return wire == Wire::kFp8 ? fp8_combine_kernels(late_weights)
+                              : bf16_combine_kernels(shape.num_ranks, late_weights);
+}
+
 template <class Args>
 const void* address(void (*kernel)(Args)) {
     return reinterpret_cast<const void*>(kernel);
@@ -22,6 +29,7 @@ const void* address(void (*kernel)(Args)) {
 
 struct Launch {
     int grid;
+    int threads;
     int64_t scratch_bytes;
     StreamHandle stream;
     bool pdl;
@@ -34,7 +42,7 @@ void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(how.grid));
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(static_cast<unsigned>(how.threads));
     config.dynamicSmemBytes = static_cast<size_t>(how.scratch_bytes);
     config.stream = reinterpret_cast<cudaStream_t>(how.stream);
     config.attrs = &attribute;
@@ -46,6 +54,29 @@ void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
 int grid_for(int64_t items, int resident) {
     return static_cast<int>(std::clamp<int64_t>(items, 1, resident));
 }
+
+// Combine: CTAs that share the work of so many warps. Little work is spread over many SMs: one SM
+// alone would be a narrow door.
+constexpr int64_t kSpread = 64;
+int64_t ctas_for(int64_t warps) {
+    return std::max<int64_t>({1, ceil_div(warps, kCombineThreads / 32), std::min(warps, kSpread)});
+}
+
+int at_most(int64_t ctas, int64_t limit) {
+    return static_cast<int>(std::max<int64_t>(1, std::min(ctas, limit)));
+}
+
+// CTAs that send and that receive. Where not all fit, each side gets its part.
+struct Split {
+    int send;
+    int recv;
+
+    static Split of(int64_t send, int64_t recv, int64_t room) {
+        if (send + recv <= room) return {static_cast<int>(send), static_cast<int>(recv)};
+        const int part = at_most(room * send / (send + recv), room - 1);
+        return {part, static_cast<int>(room - part)};
+    }
+};
 
 void check_addresses(const Shape& shape, int rank, const std::vector<std::uintptr_t>& heaps,
                      std::uintptr_t local, std::uintptr_t faults) {
@@ -94,33 +125,42 @@ void CudaRank::prepare(Wire wire, int num_sms) {
     const int64_t send = send_scratch_bytes(views[0]);
     const int64_t recv = recv_scratch_bytes(views[0]);
     const DispatchKernels dispatch = dispatch_kernels(views[0], wire);
-    const CombineKernels known = combine_kernels(ctx_.shape.num_ranks, false);
-    const CombineKernels late = combine_kernels(ctx_.shape.num_ranks, true);
     const auto load = [&](Kernel k, const void* kernel, int64_t scratch) {
+        const int threads = k <= kDispatchFused ? kThreads : kCombineThreads;
         int per_sm = 0;
         cudaFuncAttributes loaded{};
         EP_CUDA(cudaFuncGetAttributes(&loaded, kernel));
-        EP_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads,
+        EP_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads,
                                                               static_cast<size_t>(scratch)));
         room_[w][k] = {std::max(1, per_sm * num_sms), scratch};
     };
     load(kDispatchSend, address(dispatch.send), send);
     load(kDispatchRecv, address(dispatch_recv_kernel_ptr()), recv);
     load(kDispatchFused, address(dispatch.fused), std::max(send, recv));
+    const CombineKernels known = combine_kernels(ctx_.shape, Wire::kBf16, false);
+    const CombineKernels late = combine_kernels(ctx_.shape, Wire::kBf16, true);
     load(kCombineSend, address(known.send), 0);
     load(kCombineRecv, address(known.recv), 0);
     load(kCombineFused, address(known.fused), 0);
-    load(kCombineOnce, address(known.once), 0);
     load(kLateSend, address(late.send), 0);
     load(kLateFused, address(late.fused), 0);
-    load(kLateOnce, address(late.once), 0);
+    const CombineKernels fp8 = combine_kernels(ctx_.shape, Wire::kFp8, false);
+    const CombineKernels fp8_late = combine_kernels(ctx_.shape, Wire::kFp8, true);
+    load(kFp8Send, address(fp8.send), 0);
+    load(kFp8Recv, address(fp8.recv), 0);
+    load(kFp8Fused, address(fp8.fused), 0);
+    load(kFp8LateSend, address(fp8_late.send), 0);
+    load(kFp8LateFused, address(fp8_late.fused), 0);
+}
+
+void CudaRank::require_combine(Wire wire) const {
+    if (ctx_.shape.allows_combine(wire)) return;
+    throw std::invalid_argument("a combine format that the shape has no room for");
 }
 
 int CudaRank::expected_tokens(int expected) const {
     return expected > 0 ? std::min(expected, ctx_.shape.max_tokens) : ctx_.shape.max_tokens;
 }
-
-int CudaRank::combine_parts() const { return view(0, ctx_.shape.wire).parts; }
 
 // CTA 0 announces, the others send a stretch of tokens each.
 static int stretch_of(int num_tokens, int grid) {
@@ -136,6 +176,13 @@ const View& CudaRank::view(int chain, Wire wire) const {
     return views_[w][static_cast<size_t>(chain)];
 }
 
+void CudaRank::require_room(const Room& room, int least, const char* what) {
+    if (room.resident >= least) return;
+    throw CudaFailure(std::string(what) + " needs " + std::to_string(least) +
+                      " resident CTAs, there is room for " + std::to_string(room.resident) +
+                      "; allow more SMs");
+}
+
 const CudaRank::Room& CudaRank::room(Kernel kernel, Wire wire) const {
     return room_[static_cast<size_t>(wire)][kernel];
 }
@@ -145,7 +192,7 @@ void CudaRank::dispatch_send(int chain, const SendInput& in, StreamHandle stream
     const View& v = view(chain, in.wire);
     const Room& r = room(kDispatchSend, in.wire);
     const int grid = 1 + grid_for(in.num_tokens, r.resident - 1);
-    launch(dispatch_kernels(v, in.wire).send, {grid, r.scratch, stream, options_.pdl},
+    launch(dispatch_kernels(v, in.wire).send, {grid, kThreads, r.scratch, stream, options_.pdl},
            DispatchSendArgs{.in = in, .stretch = stretch_of(in.num_tokens, grid), .view = v});
 }
 
@@ -157,7 +204,7 @@ void CudaRank::dispatch_recv(int chain, const RecvTarget& target, int expected,
     const Room& r = room(kDispatchRecv, target.wire);
     // CTA 0 keeps the books.
     const int grid = 1 + grid_for(messages, r.resident - 1);
-    launch(dispatch_recv_kernel_ptr(), {grid, r.scratch, stream, options_.pdl},
+    launch(dispatch_recv_kernel_ptr(), {grid, kThreads, r.scratch, stream, options_.pdl},
            DispatchRecvArgs{.target = target, .view = v});
 }
 
@@ -172,7 +219,7 @@ void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& 
     const Room& r = room(kDispatchFused, in.wire);
     const int grid = grid_for(wanted, r.resident);
     if (grid < 2) throw CudaFailure("dispatch_fused needs two resident CTAs; allow more SMs");
-    launch(dispatch_kernels(v, in.wire).fused, {grid, r.scratch, stream, options_.pdl},
+    launch(dispatch_kernels(v, in.wire).fused, {grid, kThreads, r.scratch, stream, options_.pdl},
            DispatchFusedArgs{
                .in = in, .stretch = stretch_of(in.num_tokens, grid), .target = target, .view = v});
 }
@@ -180,46 +227,82 @@ void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& 
 void CudaRank::combine_send(int chain, const CombineInput& in, int expected,
                             StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
-    const int64_t items =
-        static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected) * combine_parts();
+    require_combine(in.wire);
     const Wire wire = ctx_.shape.wire;
-    const int grid =
-        grid_for(items, room(in.late_weights ? kLateSend : kCombineSend, wire).resident);
-    launch(combine_kernels(ctx_.shape.num_ranks, in.late_weights).send,
-           {grid, 0, stream, options_.pdl}, CombineSendArgs{.in = in, .view = view(chain, wire)});
+    const View& v = view(chain, wire);
+    const int64_t messages = static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected);
+    const Kernel kernel = in.wire == Wire::kFp8 ? (in.late_weights ? kFp8LateSend : kFp8Send)
+                                                : (in.late_weights ? kLateSend : kCombineSend);
+    const Room& r = room(kernel, wire);
+    const int64_t wanted = ctas_for(messages * v.sums);
+    const int grid = 1 + at_most(wanted, r.resident - 1);
+    launch(combine_kernels(ctx_.shape, in.wire, in.late_weights).send,
+           {grid, kCombineThreads, 0, stream, options_.pdl}, CombineSendArgs{.in = in, .view = v});
 }
 
 void CudaRank::combine_recv(int chain, const CombineOutput& out, StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
-    const int64_t items = static_cast<int64_t>(out.num_tokens) * combine_parts();
+    require_combine(out.wire);
     const Wire wire = ctx_.shape.wire;
-    const int grid = grid_for(items, room(kCombineRecv, wire).resident);
-    launch(combine_kernels(ctx_.shape.num_ranks, false).recv, {grid, 0, stream, options_.pdl},
-           CombineRecvArgs{.out = out, .view = view(chain, wire)});
+    const View& v = view(chain, wire);
+    const Room& r = room(out.wire == Wire::kFp8 ? kFp8Recv : kCombineRecv, wire);
+    const int64_t items = int64_t{out.num_tokens} * v.sums;
+    const int grid = 1 + at_most(ctas_for(items), r.resident - 1);
+    launch(combine_kernels(ctx_.shape, out.wire, false).recv,
+           {grid, kCombineThreads, 0, stream, options_.pdl},
+           CombineRecvArgs{.out = out, .view = v});
 }
 
 void CudaRank::combine_fused(int chain, const CombineInput& in, const CombineOutput& out,
                              int expected, StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
-    const int64_t others = std::max(1, ctx_.shape.num_ranks - 1);
-    const int64_t rows = std::max<int64_t>(out.num_tokens, others * expected_tokens(expected));
-    const int64_t items = rows * combine_parts();
+    require_combine(in.wire);
+    if (in.wire != out.wire) throw std::invalid_argument("a combine has one format");
     const Wire wire = ctx_.shape.wire;
-    const CombineFusedArgs args{.in = in, .out = out, .view = view(chain, wire)};
-    const CombineKernels kernels = combine_kernels(ctx_.shape.num_ranks, in.late_weights);
-    const int once = room(in.late_weights ? kLateOnce : kCombineOnce, wire).resident;
-    const int always = room(in.late_weights ? kLateFused : kCombineFused, wire).resident;
-    if (items <= once) {
-        launch(kernels.once, {grid_for(items, once), 0, stream, options_.pdl}, args);
-    } else {
-        launch(kernels.fused, {grid_for(items, always), 0, stream, options_.pdl}, args);
-    }
+    const View& v = view(chain, wire);
+    const Kernel kernel = in.wire == Wire::kFp8 ? (in.late_weights ? kFp8LateFused : kFp8Fused)
+                                                : (in.late_weights ? kLateFused : kCombineFused);
+    const Room& r = room(kernel, wire);
+    require_room(r, 3, "combine_fused");
+    const int64_t messages = int64_t{ctx_.shape.num_ranks - 1} * expected_tokens(expected);
+    const int64_t items = int64_t{out.num_tokens} * v.sums;
+    const Split split = Split::of(ctas_for(messages * v.sums), ctas_for(items), r.resident - 1);
+    launch(combine_kernels(ctx_.shape, in.wire, in.late_weights).fused,
+           {1 + split.send + split.recv, kCombineThreads, 0, stream, options_.pdl},
+           CombineFusedArgs{.in = in, .send_ctas = split.send, .out = out, .view = v});
 }
 
 void CudaRank::set_time_budget(uint64_t nanoseconds) const {
     const DeviceGuard guard(options_.device);
     EP_CUDA(cudaMemcpy(ctx_.local + LocalLayout::kBudgetOffset, &nanoseconds, sizeof(nanoseconds),
                        cudaMemcpyHostToDevice));
+}
+
+void CudaRank::set_rank_mask(int rank, bool masked, StreamHandle stream) const {
+    if (rank < 0 || rank >= ctx_.shape.num_ranks) {
+        throw std::invalid_argument("rank " + std::to_string(rank) + " is not in 0.." +
+                                    std::to_string(ctx_.shape.num_ranks - 1));
+    }
+    const DeviceGuard guard(options_.device);
+    launch_set_mask(ctx_.mask(), rank, masked, stream);
+}
+
+void CudaRank::clear_rank_mask(StreamHandle stream) const {
+    const DeviceGuard guard(options_.device);
+    launch_clear_mask(ctx_.mask(), stream);
+}
+
+void CudaRank::write_rank_mask(std::uintptr_t out, StreamHandle stream) const {
+    const DeviceGuard guard(options_.device);
+    launch_write_mask(ctx_.mask(), reinterpret_cast<int32_t*>(out), ctx_.shape.num_ranks, stream);
+}
+
+RankMask CudaRank::read_rank_mask() const {
+    const DeviceGuard guard(options_.device);
+    RankMask mask{};
+    EP_CUDA(cudaDeviceSynchronize());
+    EP_CUDA(cudaMemcpy(&mask, ctx_.mask(), sizeof(mask), cudaMemcpyDeviceToHost));
+    return mask;
 }
 
 StepStats CudaRank::read_stats(int chain) const {

@@ -35,10 +35,18 @@ class CudaRank {
     void combine_fused(int chain, const CombineInput& in, const CombineOutput& out, int expected,
                        StreamHandle stream) const;
 
+    // Operations behind it in stream order leave the rank out, or no longer do. reset() changes no
+    // mask.
+    void set_rank_mask(int rank, bool masked, StreamHandle stream) const;
+    void clear_rank_mask(StreamHandle stream) const;
+    // 1 for each masked rank, else 0, to an int32 [R].
+    void write_rank_mask(std::uintptr_t out, StreamHandle stream) const;
+
     // These synchronise; they are for tests, reports and recovery.
     void set_time_budget(uint64_t nanoseconds) const;
     StepStats read_stats(int chain) const;
     ChainState read_state(int chain) const;
+    RankMask read_rank_mask() const;
     void reset() const;
 
   private:
@@ -49,10 +57,13 @@ class CudaRank {
         kCombineSend,
         kCombineRecv,
         kCombineFused,
-        kCombineOnce,
         kLateSend,  // of combines that bring their weights
         kLateFused,
-        kLateOnce,
+        kFp8Send,  // of combines whose sums travel as FP8
+        kFp8Recv,
+        kFp8Fused,
+        kFp8LateSend,
+        kFp8LateFused,
         kNumKernels
     };
     // What a launch of a kernel may use, for one wire format.
@@ -62,10 +73,11 @@ class CudaRank {
     };
 
     int expected_tokens(int expected) const;
-    int combine_parts() const;
     const View& view(int chain, Wire wire) const;
     const Room& room(Kernel kernel, Wire wire) const;
+    static void require_room(const Room& room, int least, const char* what);
     void prepare(Wire wire, int num_sms);
+    void require_combine(Wire wire) const;
 
     Context ctx_{};
     std::array<std::vector<View>, kNumWires> views_;  // by wire format, then chain

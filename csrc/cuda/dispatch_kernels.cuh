@@ -8,21 +8,21 @@
 namespace ep {
 
 template <bool kQuantise, int kRowVectors>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kDispatchCtas)
     dispatch_send_kernel(const __grid_constant__ DispatchSendArgs a) {
     extern __shared__ __align__(16) uint8_t smem[];
-    const uint64_t epoch = begin(a, Op::kDispatch);
-    dispatch_send<kQuantise, kRowVectors>(a.view, a.in, a.stretch, epoch, smem);
+    const Turn turn = begin(a, Op::kDispatch);
+    dispatch_send<kQuantise, kRowVectors>(a.view, a.in, a.stretch, turn, smem);
 }
 
 template <bool kQuantise, int kRowVectors>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kDispatchCtas)
     dispatch_fused_kernel(const __grid_constant__ DispatchFusedArgs a) {
     extern __shared__ __align__(16) uint8_t smem[];
-    const uint64_t epoch = begin(a, Op::kDispatch);
-    dispatch_send<kQuantise, kRowVectors>(a.view, a.in, a.stretch, epoch, smem);
+    const Turn turn = begin(a, Op::kDispatch);
+    dispatch_send<kQuantise, kRowVectors>(a.view, a.in, a.stretch, turn, smem);
     __syncthreads();  // the halves share the scratch memory
-    dispatch_recv(a.view, a.target, epoch, smem);
+    dispatch_recv(a.view, a.target, turn, smem);
 }
 
 template <bool kQuantise, int kRowVectors>

@@ -5,7 +5,7 @@
 
 namespace ep {
 
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kDispatchCtas)
     dispatch_recv_kernel(const __grid_constant__ DispatchRecvArgs a) {
     extern __shared__ __align__(16) uint8_t smem[];
     dispatch_recv(a.view, a.target, begin(a, Op::kDispatch), smem);

@@ -239,29 +239,30 @@ __device__ inline void note_received(const View& view, RecvScratch scratch) {
 
 // CTA 0: what came, to the caller and to the statistics. False: gave up.
 __device__ __noinline__ inline bool keep_books(const View& view, const RecvTarget& target,
-                                               uint64_t epoch, RecvScratch scratch) {
-    const bool ok = pull_counts(view, target, epoch, scratch, [] {});
+                                               Turn turn, RecvScratch scratch) {
+    const bool ok = pull_counts(view, target, turn, scratch, [] {});
     if (__syncthreads_or(!ok)) return false;
     report_counts(view, target, scratch);
     if (target.format == Format::kContiguous) place_experts(view, target, scratch);
     if (this_warp() == kNoteWarp) {
         note_received(view, scratch);
-        advance(view.state->dispatched, view.state->dispatch_readers, epoch);
+        advance(view.state->dispatched, view.state->dispatch_readers, turn.epoch, false);
     }
     return true;
 }
 
 // The other CTAs: the rows. False: gave up.
 __device__ __forceinline__ bool receive_rows(const View& view, const RecvTarget& target,
-                                             uint64_t epoch, RecvScratch scratch) {
+                                             const Turn& turn, RecvScratch scratch) {
     constexpr int U = 2;
+    const uint64_t epoch = turn.epoch;
     const int step = static_cast<int>(gridDim.x) - 1;
     int item = static_cast<int>(blockIdx.x) - 1;
     int slot = view.by_ranks(item);
     int source = item - slot * view.num_ranks;
     Look<U> look;
     bool looked = slot < view.max_tokens;
-    bool ok = pull_counts(view, target, epoch, scratch, [&] {
+    bool ok = pull_counts(view, target, turn, scratch, [&] {
         if (looked) {
             look.load(slot_address(view, source, slot, epoch), 0, view.message_vectors);
         }
@@ -291,18 +292,28 @@ __device__ __forceinline__ bool receive_rows(const View& view, const RecvTarget&
     }
 }
 
+// All threads: ranks that are left out send nothing.
+__device__ __noinline__ inline void clear_absent(const View& view, Absent absent,
+                                                 RecvScratch scratch) {
+#pragma unroll 1
+    for (int e = threadIdx.x; e < view.num_experts; e += kThreads) {
+        if (absent.has(view, view.owner_of(e))) scratch.rows[e] = 0;
+    }
+}
+
 // The whole grid, at least two CTAs.
 __device__ __forceinline__ void dispatch_recv(const View& view, const RecvTarget& target,
-                                              uint64_t epoch, uint8_t* smem) {
+                                              const Turn& turn, uint8_t* smem) {
     const RecvScratch scratch = RecvScratch::carve(smem, view);
 #pragma unroll 1
     for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
-        scratch.messages[s] = RecvScratch::kUnknown;
+        scratch.messages[s] = turn.absent.has(view, s) ? 0 : RecvScratch::kUnknown;
     }
+    if (turn.absent.maybe != 0) clear_absent(view, turn.absent, scratch);
     __syncthreads();
     if (threadIdx.x == 0) report_epoch_read(view.state->dispatch_readers);
-    const bool ok = blockIdx.x == 0 ? keep_books(view, target, epoch, scratch)
-                                    : receive_rows(view, target, epoch, scratch);
+    const bool ok = blockIdx.x == 0 ? keep_books(view, target, turn, scratch)
+                                    : receive_rows(view, target, turn, scratch);
     if (ok && target.format == Format::kCompact) {
         clear_unused_rows(view, target, messages_before(view.num_ranks, scratch));
     }

@@ -36,9 +36,11 @@ __device__ __forceinline__ int valid_tokens(const View& view, const SendInput& i
 }
 
 // A pair of words of the counts message for one rank (csrc/ep/layout.h).
-__device__ __forceinline__ uint64_t counts_granule(const View& view, RouteCounts counts, int dst,
-                                                   int g) {
-    if (g == 0) return static_cast<uint32_t>(counts.messages[dst]);
+__device__ __forceinline__ uint64_t counts_granule(const View& view, RouteCounts counts,
+                                                   uint32_t mask, int dst, int g) {
+    static_assert(CountsLayout::kMessages == 0 && CountsLayout::kMask == 1);
+    if (g == 0)
+        return (static_cast<uint64_t>(mask) << 32) | static_cast<uint32_t>(counts.messages[dst]);
     const int x = 2 * g - 2;
     const int32_t* rows = counts.rows + dst * view.local_experts;
     const uint64_t lo = x < view.local_experts ? static_cast<uint32_t>(rows[x]) : 0;
@@ -48,21 +50,25 @@ __device__ __forceinline__ uint64_t counts_granule(const View& view, RouteCounts
 
 // CTA 0: to every rank, how many messages and how many rows per expert it will get.
 __device__ __forceinline__ void announce_counts(const View& view, const SendInput& in,
-                                                uint64_t epoch, int num_tokens,
+                                                const Turn& turn, int num_tokens,
                                                 SendScratch scratch) {
+    const uint64_t epoch = turn.epoch;
+    const uint32_t mask = turn.absent.digest(view);
     clear_counts(view, scratch.counts, threadIdx.x, kThreads);
     __syncthreads();
-    count_tokens(view, in, num_tokens, scratch.counts);
+    count_tokens(view, in, turn.absent, num_tokens, scratch.counts);
     __syncthreads();
 
     const int64_t slot = view.counts_out + (epoch & 1) * view.num_ranks * view.counts_stride;
 #pragma unroll 1
     for (int dst = 0, i = threadIdx.x; i < view.num_ranks * view.counts_vectors; i += kThreads) {
         while (i >= (dst + 1) * view.counts_vectors) ++dst;
+        if (turn.absent.has(view, dst)) continue;
         const int v = i - dst * view.counts_vectors;
         const int g = first_granule(v);
-        const uint64_t lo = counts_granule(view, scratch.counts, dst, g);
-        const uint64_t hi = holds_tag(v) ? epoch : counts_granule(view, scratch.counts, dst, g + 1);
+        const uint64_t lo = counts_granule(view, scratch.counts, mask, dst, g);
+        const uint64_t hi =
+            holds_tag(v) ? epoch : counts_granule(view, scratch.counts, mask, dst, g + 1);
         ptx::store_line_vector(view.peer[dst] + slot + 16 * v, {lo, hi});
     }
     // Padding rows went nowhere: combine must not look for them.
@@ -82,10 +88,10 @@ __device__ __forceinline__ void announce_counts(const View& view, const SendInpu
 
 // One warp, entry k at lane k: the header, and the token's slot at every rank; then counts the
 // token.
-__device__ __forceinline__ void route_token(const View& view, const SendInput& in, int token,
-                                            int raw, float weight, SendScratch scratch) {
+__device__ __forceinline__ void route_token(const View& view, const SendInput& in, Absent absent,
+                                            int token, int raw, float weight, SendScratch scratch) {
     const int lane = threadIdx.x & 31;
-    const Choice c = check_choice(view, raw, 0);
+    const Choice c = check_choice(view, absent.reachable(view, raw), 0);
     auto* bytes = reinterpret_cast<uint8_t*>(scratch.message);
 #pragma unroll 1
     for (int r = lane; r < view.num_ranks; r += 32) scratch.slots[r] = -1;
@@ -149,11 +155,12 @@ __device__ __forceinline__ void push_message(const View& view, SendScratch scrat
 // The other CTAs: a stretch of consecutive tokens each, so that what earlier tokens chose is
 // counted once. The last warp routes: with most hidden sizes it has the least of the row.
 template <bool kQuantise, int kRowVectors>
-__device__ __forceinline__ void push_tokens(const View& view, const SendInput& in, uint64_t epoch,
+__device__ __forceinline__ void push_tokens(const View& view, const SendInput& in, const Turn& turn,
                                             int num_tokens, int stretch, SendScratch scratch) {
     const int first = (static_cast<int>(blockIdx.x) - 1) * stretch;
     const int last = min(num_tokens, first + stretch);
     if (first >= last) return;
+    const uint64_t epoch = turn.epoch;
 
     const int lane = threadIdx.x & 31;
     const bool routes = threadIdx.x >= kStagingThreads;
@@ -170,7 +177,7 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
     if (first > 0) {
         clear_counts(view, scratch.counts, threadIdx.x, kThreads);
         __syncthreads();
-        count_tokens(view, in, first, scratch.counts);
+        count_tokens(view, in, turn.absent, first, scratch.counts);
         __syncthreads();
     } else if (routes) {  // nobody else needs them
         clear_counts(view, scratch.counts, lane, 32);
@@ -181,7 +188,7 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
         const bool more = t + 1 < last;
         auto* bytes = reinterpret_cast<uint8_t*>(scratch.message);
         if (routes) {
-            route_token(view, in, t, raw, weight, scratch);
+            route_token(view, in, turn.absent, t, raw, weight, scratch);
             entry += view.topk;
             if (more && has_entry) {
                 raw = in.expert(entry);
@@ -208,13 +215,13 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
 
 template <bool kQuantise, int kRowVectors>
 __device__ __forceinline__ void dispatch_send(const View& view, const SendInput& in, int stretch,
-                                              uint64_t epoch, uint8_t* smem) {
+                                              const Turn& turn, uint8_t* smem) {
     const SendScratch scratch = SendScratch::carve(smem, view);
     const int num_tokens = valid_tokens(view, in);
     if (blockIdx.x == 0) {
-        announce_counts(view, in, epoch, num_tokens, scratch);
+        announce_counts(view, in, turn, num_tokens, scratch);
     } else {
-        push_tokens<kQuantise, kRowVectors>(view, in, epoch, num_tokens, stretch, scratch);
+        push_tokens<kQuantise, kRowVectors>(view, in, turn, num_tokens, stretch, scratch);
     }
 }
 

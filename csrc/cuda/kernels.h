@@ -1,13 +1,17 @@
 // The kernels as the launcher sees them: arguments, shared memory, and which kernel serves a shape.
 //
-// Launch contract: kThreads threads, dynamic shared memory as below. The split kernels take any
-// grid of at least two CTAs (dispatch send) or one; the fused ones need every CTA resident at once,
-// since a CTA that waits must not keep another from sending.
+// Launch contract: kThreads threads (of combines kCombineThreads), dynamic shared memory as below,
+// at least two CTAs, and three where a combine does both halves. Of the fused kernels every CTA
+// must be resident at once, since one that waits must not keep another from sending.
 #pragma once
 
 #include "cuda/view.h"
 
 namespace ep {
+
+// CTAs to an SM, which decide how many registers a thread may have.
+inline constexpr int kDispatchCtas = 2;
+inline constexpr int kCombineCtas = 2;
 
 struct DispatchSendArgs {
     SendInput in;
@@ -34,12 +38,13 @@ struct CombineRecvArgs {
 };
 struct CombineFusedArgs {
     CombineInput in;
+    int32_t send_ctas;
     CombineOutput out;
     View view;
 };
 
-// Dispatch kernels are compiled for whether they quantise and for the row vectors of a thread (1, 2
-// or 5: rows of up to 480, 960 or 2400 vectors as the caller gives them).
+// Compiled for whether they quantise and for the row vectors of a thread (1, 2 or 5: rows of up to
+// 480, 960 or 2400 vectors as the caller gives them).
 struct DispatchKernels {
     void (*send)(DispatchSendArgs);
     void (*fused)(DispatchFusedArgs);
@@ -54,11 +59,12 @@ struct CombineKernels {
     void (*send)(CombineSendArgs);
     void (*recv)(CombineRecvArgs);
     void (*fused)(CombineFusedArgs);
-    void (*once)(CombineFusedArgs);  // fused, where the grid has a CTA for every item
 };
-CombineKernels combine_kernels(int num_ranks, bool late_weights);
+// Compiled for what sums travel as.
+CombineKernels bf16_combine_kernels(int num_ranks, bool late_weights);
+CombineKernels fp8_combine_kernels(bool late_weights);
 
-// Dynamic shared memory of the halves of dispatch; the fused kernel needs the larger.
+// Dynamic shared memory of the halves of dispatch, of which the fused kernel needs the larger.
 int send_scratch_bytes(const View& view);
 int recv_scratch_bytes(const View& view);
 

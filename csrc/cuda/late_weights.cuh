@@ -13,7 +13,7 @@ inline constexpr int kFloatsPerLine = kLinePayload / 4;
 
 // All CTAs. The table goes to everybody, this rank included.
 __device__ __noinline__ inline void push_weights(const View& view, const CombineInput& in,
-                                                 uint64_t epoch) {
+                                                 Turn turn) {
     const int tokens = min(in.num_tokens, view.max_tokens);
     const int floats = tokens * view.topk;
     const int vectors = (floats + kFloatsPerLine - 1) / kFloatsPerLine * kVectorsPerLine;
@@ -23,12 +23,13 @@ __device__ __noinline__ inline void push_weights(const View& view, const Combine
                (static_cast<uint64_t>(float_to_bits(at(2 * g + 1))) << 32);
     };
 #pragma unroll 1
-    for (int v = blockIdx.x * kThreads + threadIdx.x; v < vectors;
-         v += static_cast<int>(gridDim.x) * kThreads) {
+    for (int v = blockIdx.x * kCombineThreads + threadIdx.x; v < vectors;
+         v += static_cast<int>(gridDim.x) * kCombineThreads) {
         const int g = first_granule(v);
-        const ptx::Vector vector{granule(g), holds_tag(v) ? epoch : granule(g + 1)};
+        const ptx::Vector vector{granule(g), holds_tag(v) ? turn.epoch : granule(g + 1)};
 #pragma unroll 1
         for (int r = 0; r < view.num_ranks; ++r) {
+            if (turn.absent.has(view, r)) continue;
             ptx::store_line_vector(view.peer[r] + view.weights_out + 16 * v, vector);
         }
     }
@@ -67,8 +68,8 @@ struct LateWeights {
         return true;
     }
 
-    // The reference holds k where the dispatch had no weights. Whole warps.
-    __device__ __forceinline__ float operator()(const RowRef& ref) const {
+    // Of the lane's own reference, which holds k where the dispatch had no weights. Whole warps.
+    __device__ __forceinline__ float of(const RowRef& ref) const {
         return __shfl_sync(kFullWarp, mine, static_cast<int>(float_to_bits(ref.weight)) & 31);
     }
 };

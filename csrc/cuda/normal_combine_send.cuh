@@ -4,14 +4,17 @@
 // sources' first chunks go out first, as the sources' reducing warps want them.
 #pragma once
 
-#include "cuda/normal_steps.cuh"
+#include "cuda/normal_announce.cuh"
 
 namespace ep::normal {
 
-using CombineRing = Ring<kCombineStages, kCombineAhead>;
+using ReduceRing = CopyRing<kReduceStages, kReduceBytes>;
+
+inline constexpr int kMostTerms = kMaxTopk + 2;  // rows of a token, and biases
 
 // Rows of one chunk, of `rows` from one rank to one source; the last chunks may have none.
 EP_HD int chunk_rows(int rows) { return static_cast<int>(ceil_div(rows, kNumChunks)); }
+EP_HD int num_chunks(int rows) { return static_cast<int>(ceil_div(rows, chunk_rows(rows))); }
 
 // This rank's rows of one source.
 struct Homeward {
@@ -21,15 +24,38 @@ struct Homeward {
     int32_t in_inbox;  // rows of that inbox, of all ranks
 };
 
+// A piece in a stage of a sending warp.
+struct Sent {
+    int32_t source;
+    int32_t row;  // among the source's
+    int32_t piece;
+    int32_t chunk;  // that it ends, or -1
+};
+
 struct CombineScratch {
-    uint8_t* stages;  // and their arrival words
+    uint8_t* send_stages;  // and their arrival words
+    uint8_t* reduce_stages;
+    const uint8_t** terms;  // [kReduceWarps][kMostTerms]
+    Sent* sent;  // [kCombineStages], beside the stages
+    Outbox* outboxes;  // [kSendWarps]
     Homeward* sources;  // [R]
 
+    static constexpr int kReduce = kCombineStages * (kSendBytes + 8);
+    static constexpr int kTerms = kReduce + ReduceRing::bytes(kReduceWarps);
+    static constexpr int kSent = kTerms + kReduceWarps * kMostTerms * 8;
+    static constexpr int kOutboxes = kSent + kCombineStages * static_cast<int>(sizeof(Sent));
+    static constexpr int kSources = kOutboxes + kSendWarps * static_cast<int>(sizeof(Outbox));
+
     static EP_HD int bytes(int num_ranks) {
-        return CombineRing::bytes(kSendWarps) + num_ranks * static_cast<int>(sizeof(Homeward));
+        return kSources + num_ranks * static_cast<int>(sizeof(Homeward));
     }
     static __device__ __forceinline__ CombineScratch carve(uint8_t* smem) {
-        return {smem, reinterpret_cast<Homeward*>(smem + CombineRing::bytes(kSendWarps))};
+        return {smem,
+                smem + kReduce,
+                reinterpret_cast<const uint8_t**>(smem + kTerms),
+                reinterpret_cast<Sent*>(smem + kSent),
+                reinterpret_cast<Outbox*>(smem + kOutboxes),
+                reinterpret_cast<Homeward*>(smem + kSources)};
     }
 };
 
@@ -59,83 +85,32 @@ __device__ __forceinline__ void find_sources(const CombineArgs& a, Homeward* sou
     }
 }
 
-// Goes through the pieces of the rows of a warp's chunks.
-struct ChunkCursor {
-    int32_t item;  // chunk by chunk; within a chunk, the other ranks from the next one on
-    int32_t source = 0;
-    int32_t chunk = 0;
-    int32_t row = 0;  // among the source's
-    int32_t end = 0;  // of the chunk
-    int32_t piece = 0;
+// The sources' inboxes as a warp has found them so far; source s is on lane s % 32.
+struct Inboxes {
+    int64_t offset[kRounds] = {};  // in the source's data heap, and 1 more; 0: not known
 
-    __device__ __forceinline__ void start(const Group& group, const Homeward* sources) {
-        item = static_cast<int32_t>(blockIdx.x) + warp_of() * static_cast<int32_t>(gridDim.x);
-        seek(group, sources);
-    }
-    __device__ __forceinline__ bool valid(const Group& group) const {
-        return item < kNumChunks * (group.num_ranks() - 1);
-    }
-    __device__ __forceinline__ bool starts_row() const { return piece == 0; }
-    __device__ __forceinline__ bool ends_chunk(const CombineArgs& a) const {
-        return row + 1 == end && piece + 1 == a.pieces.count;
-    }
-    __device__ __forceinline__ void advance(const CombineArgs& a, const Homeward* sources) {
-        if (++piece < a.pieces.count) return;
-        piece = 0;
-        if (++row < end) return;
-        item += kSendWarps * static_cast<int32_t>(gridDim.x);
-        seek(a.group, sources);
-    }
-
-  private:
-    // Sources with few rows leave their later chunks empty.
-    __device__ __forceinline__ void seek(const Group& group, const Homeward* sources) {
-        const int others = group.num_ranks() - 1;
-#pragma unroll 1
-        for (; valid(group); item += kSendWarps * static_cast<int32_t>(gridDim.x)) {
-            chunk = item / others;
-            source = group.rank() + 1 + item - chunk * others;
-            if (source >= group.num_ranks()) source -= group.num_ranks();
-            const int rows = sources[source].rows, per_chunk = chunk_rows(rows);
-            row = chunk * per_chunk;
-            end = min(rows, row + per_chunk);
-            if (row < end) return;
-        }
-    }
-};
-
-// Chunks whose stores are on their way: the word to set when the piece that ended it has arrived.
-struct Announcements {
-    uint64_t* word[CombineRing::kBehind] = {};
-
-    // Lane 0, when all pieces but the last kBehind - 1 have arrived.
-    __device__ __forceinline__ void tell_oldest(uint64_t epoch) {
-        if (word[0] != nullptr) ptx::store_release_sys(word[0], epoch);  // acquired by the reducers
+    // Waits for the source's credit, the first time. It cannot be of a later epoch: the source goes
+    // on only with all rows, and some of them are this warp's. Whole warps; nullptr: gave up.
+    __device__ __forceinline__ uint8_t* open(const Group& group, Watch& watch, int source,
+                                             int64_t bytes, uint64_t epoch) {
+        int64_t mine = offset[0];
 #pragma unroll
-        for (int i = 0; i + 1 < CombineRing::kBehind; ++i) word[i] = word[i + 1];
-        word[CombineRing::kBehind - 1] = nullptr;
-    }
-};
-
-// A warp's place in one source's inbox.
-struct Inbox {
-    int32_t source = -1;
-    uint8_t* at = nullptr;
-
-    // Waits for the source's credit. It cannot be of a later epoch: the source goes on only with
-    // all rows, and some of them are this warp's. Whole warps; false: gave up.
-    __device__ __forceinline__ bool open(const Group& group, Watch& watch, int s, int64_t bytes,
-                                         uint64_t epoch) {
-        if (s == source) return true;
-        const Credit* credit = group.credit(group.control.combine_credit_offset, group.rank(), s);
-        if (!await_words(watch, &credit->epoch, s, epoch)) return false;
+        for (int j = 1; j < kRounds; ++j) mine = source / 32 == j ? offset[j] : mine;
+        const int64_t known = __shfl_sync(kFullWarp, mine, source % 32);
+        if (known != 0) return group.data[source] + known - 1;
+        const Credit* credit =
+            group.credit(group.control.combine_credit_offset, group.rank(), source);
+        if (!await_words(watch, &credit->epoch, source, epoch)) return nullptr;
         bool ok = true;
-        if (lane_of() == 0) ok = check_credit(group, Op::kNormalCombine, s, *credit, bytes);
-        if (__any_sync(kFullWarp, !ok)) return false;
-        source = s;
-        at = group.data[s] + credit->offset;
+        if (lane_of() == 0) ok = check_credit(group, Op::kNormalCombine, source, *credit, bytes);
+        if (__any_sync(kFullWarp, !ok)) return nullptr;
+        const int64_t found = credit->offset;
+#pragma unroll
+        for (int j = 0; j < kRounds; ++j) {
+            if (lane_of() + 32 * j == source) offset[j] = found + 1;
+        }
         ptx::fence_async();  // the copies that follow come after it too
-        return true;
+        return group.data[source] + found;
     }
 };
 
@@ -145,64 +120,145 @@ __device__ __forceinline__ void send_weights(const CombineArgs& a, const Homewar
     const auto layout = InboxLayout::make(home.in_inbox, a.work.hidden, a.work.topk);
     const int64_t topk = a.work.topk;
     reinterpret_cast<float*>(inbox + layout.topk_weights)[(home.to + row) * topk + lane_of()] =
-        a.work.topk_weights[(home.first + row) * topk + lane_of()];
+        a.work.topk_weights[a.work.row(home.first + row) * topk + lane_of()];
 }
 
-// A sending warp's chunks. Returns when all has arrived. False: gave up.
-__device__ __forceinline__ bool send_back(const CombineArgs& a, uint64_t epoch,
-                                          const CombineScratch& scratch) {
-    const Group& group = a.group;
-    auto ring = CombineRing::carve(scratch.stages, warp_of(), kSendWarps);
-    ring.init();
-    const int64_t row_bytes = 2LL * a.work.hidden;
-    const auto load_next = [&](ChunkCursor& next) {
-        if (!next.valid(group)) return;
-        const int64_t row = scratch.sources[next.source].first + next.row;
+// The chunks of one of kWarps sending warps. Item by item: chunk by chunk; within a chunk, the
+// other ranks from the next one on.
+template <int kWarps>
+struct ChunkSender {
+    static constexpr int kStages = kCombineStages / kWarps;
+    static constexpr int kAhead = kStages / 2;
+    static constexpr int kLag = kWarps == 1 ? 2 : kWarps == 2 ? 3 : 4;  // pieces on their way
+
+    const CombineArgs& a;
+    const CombineScratch& scratch;
+    Ring<kStages, kAhead, kSendBytes> ring;
+    Sent* sent;  // beside the stages
+    Claims claims;
+    int32_t items = 0;
+    int32_t index = 0;
+    Sent next{-1, 0, 0, 0};  // chunk: the one being loaded; source -1: none is left
+    int32_t end = 0;  // of its rows
+
+    static __device__ __forceinline__ ChunkSender start(const CombineArgs& a,
+                                                        const CombineScratch& scratch) {
+        ChunkSender s{a,
+                      scratch,
+                      {},
+                      scratch.sent + warp_of() * kStages,
+                      Claims::start(a.group, kCombineChunks, warp_of(), kWarps)};
+        s.ring = s.ring.carve(scratch.send_stages, warp_of(), kWarps);
+        const int num_ranks = a.group.num_ranks();
+        int chunks = 0;  // of any source
+#pragma unroll 1
+        for (int r = 0; r < num_ranks; ++r) {
+            const int rows = r == a.group.rank() ? 0 : scratch.sources[r].rows;
+            chunks = max(chunks, rows == 0 ? 0 : num_chunks(rows));
+        }
+        s.items = chunks * (num_ranks - 1);
+        s.ring.init();
+        s.seek();
+#pragma unroll 1
+        for (int i = 0; i < kAhead; ++i) s.load_next();
+        return s;
+    }
+    // To the next chunk with rows: sources with few rows have none of the later ones.
+    __device__ __forceinline__ void seek() {
+        const Group& group = a.group;
+        const int others = group.num_ranks() - 1;
+        next.source = -1;
+#pragma unroll 1
+        for (int item = claims[index]; item < items; item = claims[++index]) {
+            next.chunk = item / others;
+            int source = group.rank() + 1 + item - next.chunk * others;
+            if (source >= group.num_ranks()) source -= group.num_ranks();
+            const int rows = scratch.sources[source].rows, per_chunk = chunk_rows(rows);
+            next.row = next.chunk * per_chunk;
+            end = min(rows, next.row + per_chunk);
+            if (next.row < end) {
+                next.source = source;
+                return;
+            }
+            claims.take();
+        }
+    }
+    __device__ __forceinline__ void load_next() {
+        if (next.source < 0) return;
+        const int last = a.pieces.count - 1;
+        if (lane_of() == 0) {
+            sent[ring.filling] = next;
+            if (next.row + 1 < end || next.piece < last) sent[ring.filling].chunk = -1;
+        }
+        const int64_t row = a.work.row(scratch.sources[next.source].first + next.row);
         ring.load(a.work.x + row * a.work.stride_bytes +
                       static_cast<int64_t>(next.piece) * a.pieces.bytes,
-                  a.pieces.bytes_of(next.piece, row_bytes));
-        next.advance(a, scratch.sources);
-    };
-    ChunkCursor now;
-    now.start(group, scratch.sources);
-    ChunkCursor next = now;
-#pragma unroll 1
-    for (int i = 0; i < kCombineAhead; ++i) load_next(next);
-    Watch watch{group.waits, Op::kNormalCombine};
-    Inbox inbox;
-    Announcements announcements;
-#pragma unroll 1
-    while (now.valid(group)) {
-        ptx::await_stores<CombineRing::kBehind - 1>();
-        if (lane_of() == 0) announcements.tell_oldest(epoch);
-        __syncwarp();
-        load_next(next);
-        const Homeward home = scratch.sources[now.source];
-        const auto layout = InboxLayout::make(home.in_inbox, a.work.hidden, a.work.topk);
-        if (!inbox.open(group, watch, now.source, layout.bytes, epoch)) break;
-        if (now.starts_row()) send_weights(a, home, inbox.at, now.row);
-        const uint8_t* piece = ring.await();
+                  a.pieces.bytes_of(next.piece, 2LL * a.work.hidden));
+        if (next.piece++ < last) return;
+        next.piece = 0;
+        if (++next.row < end) return;
+        ++index;
+        claims.take();
+        seek();
+    }
+    // The next piece to where it belongs. Whole warps.
+    __device__ __forceinline__ void store_piece(const Sent& what, const Homeward& home,
+                                                uint8_t* inbox, Underway<kLag>& underway) {
+        const int64_t row_bytes = 2LL * a.work.hidden;
+        if (what.piece == 0) send_weights(a, home, inbox, what.row);
+        const uint8_t* stage = ring.await();
         if (lane_of() == 0) {
-            ptx::start_store(inbox.at + (home.to + now.row) * row_bytes +
-                                 static_cast<int64_t>(now.piece) * a.pieces.bytes,
-                             piece, static_cast<uint32_t>(a.pieces.bytes_of(now.piece, row_bytes)));
-            if (now.ends_chunk(a)) {
-                announcements.word[CombineRing::kBehind - 1] =
-                    group.chunk(now.source, group.rank(), now.chunk);
+            ptx::start_store(inbox + (home.to + what.row) * row_bytes +
+                                 static_cast<int64_t>(what.piece) * a.pieces.bytes,
+                             stage,
+                             static_cast<uint32_t>(a.pieces.bytes_of(what.piece, row_bytes)));
+            if (what.chunk >= 0) {
+                underway.add(a.group.chunk(what.source, a.group.rank(), what.chunk));
             }
         }
         ptx::commit_stores();
-        now.advance(a, scratch.sources);
     }
-    const bool ok = !now.valid(group);
-    ring.drain();
-    ptx::await_stores<0>();
-    __syncwarp();
-    if (lane_of() == 0) {
+    // Returns when all has arrived. False: gave up.
+    __device__ __forceinline__ bool send(uint64_t epoch) {
+        Watch watch{a.group.waits, Op::kNormalCombine};
+        Inboxes inboxes;
+        Underway<kLag> underway;
+        Outbox& outbox = scratch.outboxes[warp_of()];
+#pragma unroll 1
+        while (ring.loads > 0) {
+            ptx::await_stores_read<kStages - kAhead - 1>();
+            ptx::await_stores<kLag - 1>();
+            if (lane_of() == 0) underway.pass_oldest(outbox);
+            __syncwarp();
+            load_next();
+            const Sent what = sent[ring.next_used];
+            const Homeward home = scratch.sources[what.source];
+            const auto layout = InboxLayout::make(home.in_inbox, a.work.hidden, a.work.topk);
+            uint8_t* inbox = inboxes.open(a.group, watch, what.source, layout.bytes, epoch);
+            if (inbox == nullptr) break;
+            store_piece(what, home, inbox, underway);
+        }
+        const bool ok = ring.loads == 0;
+        ring.drain();
+        ptx::await_stores<0>();
+        __syncwarp();
+        if (lane_of() == 0) {
 #pragma unroll
-        for (int i = 0; i < CombineRing::kBehind; ++i) announcements.tell_oldest(epoch);
+            for (int i = 0; i < kLag; ++i) underway.pass_oldest(outbox);
+            ptx::store_release_cta(&outbox.sent, underway.arrived | Outbox::kClosed);
+        }
+        return ok;
     }
-    return ok;
+};
+
+// The sending warps. False: gave up.
+__device__ __forceinline__ bool send_chunks(const CombineArgs& a, const CombineScratch& scratch,
+                                            uint64_t epoch) {
+    const int warps = sending_warps(static_cast<int>(gridDim.x));
+    if (warp_of() >= warps) return true;
+    if (warps == 1) return ChunkSender<1>::start(a, scratch).send(epoch);
+    if (warps == 2) return ChunkSender<2>::start(a, scratch).send(epoch);
+    return ChunkSender<kSendWarps>::start(a, scratch).send(epoch);
 }
 
 }  // namespace ep::normal

@@ -23,8 +23,23 @@ struct RankSet {
     }
 };
 
-// Any grid, a thread a token.
+// What the CTAs have added up, by the last of them; what they added to is zero again.
+__device__ __forceinline__ void take_sums(const LayoutArgs& a) {
+    State& state = *a.group.state;
+    const int num_experts = a.group.waits.num_experts;
+    for (int i = threadIdx.x; i < num_experts; i += kCountThreads) {
+        a.into.tokens_per_expert[i] = static_cast<int>(atomicExch(&state.tokens_per_expert[i], 0u));
+    }
+    for (int r = threadIdx.x; r < a.group.num_ranks(); r += kCountThreads) {
+        a.into.tokens_per_rank[r] = static_cast<int>(atomicExch(&state.tokens_per_rank[r], 0u));
+    }
+    if (threadIdx.x == 0) state.tickets[kLayoutTicket] = 0;
+}
+
+// At least one CTA, a thread a token.
 __device__ __forceinline__ void layout(const LayoutArgs& a, uint8_t* smem) {
+    ptx::await_previous_kernel();
+    ptx::allow_next_kernel();
     const Group& group = a.group;
     const int num_experts = group.waits.num_experts, num_ranks = group.num_ranks();
     auto* experts = reinterpret_cast<int32_t*>(smem);
@@ -39,7 +54,7 @@ __device__ __forceinline__ void layout(const LayoutArgs& a, uint8_t* smem) {
         const int64_t token = base + static_cast<int>(threadIdx.x);
         const bool real = token < a.num_tokens;
         RankSet goes;
-#pragma unroll 4
+#pragma unroll 8
         for (int k = 0; k < (real ? a.routes.topk : 0); ++k) {
             const int64_t expert = a.routes.expert(token * a.routes.topk + k);
             if (expert == -1) continue;
@@ -59,16 +74,26 @@ __device__ __forceinline__ void layout(const LayoutArgs& a, uint8_t* smem) {
     }
     __syncthreads();
     for (int i = threadIdx.x; i < num_experts; i += kCountThreads) {
-        if (experts[i] != 0) atomicAdd(&a.into.tokens_per_expert[i], experts[i]);
+        if (experts[i] != 0) {
+            atomicAdd(&group.state->tokens_per_expert[i], static_cast<uint32_t>(experts[i]));
+        }
     }
     for (int r = threadIdx.x; r < num_ranks; r += kCountThreads) {
-        if (ranks[r] != 0) atomicAdd(&a.into.tokens_per_rank[r], ranks[r]);
+        if (ranks[r] != 0) {
+            atomicAdd(&group.state->tokens_per_rank[r], static_cast<uint32_t>(ranks[r]));
+        }
     }
     const unsigned who = __ballot_sync(kFullWarp, dropped > 0);
     const int all = __reduce_add_sync(kFullWarp, dropped);
     if (who != 0 && lane_of() == __ffs(who) - 1) {
         record_routing(group.waits, all, bad, Op::kNormalDispatch);
     }
+    __syncthreads();  // the CTA's additions come before its ticket
+    bool last = false;
+    if (threadIdx.x == 0) {
+        last = ptx::add_acq_rel_gpu(&group.state->tickets[kLayoutTicket], 1u) == gridDim.x - 1;
+    }
+    if (__syncthreads_or(last) != 0) take_sums(a);
 }
 
 // A pair of words of the notify message for one rank: tokens to each rank [R], rows per expert [L].
@@ -107,6 +132,17 @@ __device__ __forceinline__ void push_counts(const NotifyArgs& a, uint64_t epoch)
     }
 }
 
+// A peer's count indexes our memory: never more than a rank can have. False: recorded.
+__device__ __forceinline__ bool take_count(const NotifyArgs& a, int source, int i, uint64_t word,
+                                           int32_t* to) {
+    to[i] = static_cast<int32_t>(word);
+    const int limit = kMaxTokensPerRank * (i < a.group.num_ranks() ? 1 : kMaxTopk);
+    if (to[i] >= 0 && to[i] <= limit) return true;
+    fail(a.group.waits, FaultCode::kCount, Op::kNormalNotify, source, static_cast<uint64_t>(limit),
+         static_cast<uint32_t>(word));
+    return false;
+}
+
 // CTA 0, whole warps: every source's message to words [R][R + L]. False: gave up.
 __device__ __forceinline__ bool pull_counts(const NotifyArgs& a, uint64_t epoch, int32_t* words) {
     const Group& group = a.group;
@@ -125,12 +161,14 @@ __device__ __forceinline__ bool pull_counts(const NotifyArgs& a, uint64_t epoch,
         if (from[0] == nullptr) continue;
         const int at = 2 * first_granule(v);
         int32_t* to = words + source * per_source;
+        bool ok = true;
 #pragma unroll
         for (int h = 0; h < 4; ++h) {
             const uint64_t pair = h < 2 ? got[0].lo : got[0].hi;
             const bool is_word = (h < 2 || !holds_tag(v)) && at + h < per_source;
-            if (is_word) to[at + h] = static_cast<int32_t>(pair >> (h % 2 * 32));
+            if (is_word) ok = take_count(a, source, at + h, pair >> (h % 2 * 32), to) && ok;
         }
+        if (!ok) return false;  // this lane alone; the CTA's next barrier tells the others
     }
     return true;
 }
@@ -234,11 +272,16 @@ __device__ __forceinline__ void place_tokens(const NotifyArgs& a, int32_t* earli
 
 // The whole grid, at least one CTA; two where there are tokens.
 __device__ __forceinline__ void notify(const NotifyArgs& a, uint8_t* smem) {
+    ptx::await_previous_kernel();
+    ptx::allow_next_kernel();
     auto* words = reinterpret_cast<int32_t*>(smem);
-    if (!may_run(a.group, Op::kNormalNotify)) return;
-    if (blockIdx.x != 0) return place_tokens(a, words);
+    if (blockIdx.x != 0) {
+        if (may_run(a.group, Op::kNormalNotify)) place_tokens(a, words);
+        return;
+    }
     const uint64_t epoch = a.group.state->notified + 1;
     push_counts(a, epoch);
+    if (!may_run(a.group, Op::kNormalNotify)) return;
     const bool ok = pull_counts(a, epoch, words);
     if (__syncthreads_or(!ok) != 0) return;
     if (threadIdx.x == 0) a.group.state->notified = epoch;  // all have read it: the barrier

@@ -1,225 +1,124 @@
 // Dispatch: each row once to every rank that has one of its experts, straight to its final place.
 //
 // Rows go through the copy engine: into a stage of shared memory once, from there to each
-// destination, lane d of the warp storing to rank d. What goes beside a row (scales, choices, its
-// token) goes with ordinary stores. The last CTA says so to every destination when all has arrived.
+// destination, lane d of the warp storing to rank d. What goes beside them: normal_describe.cuh.
+// Each CTA tells every destination when its part has arrived.
 #pragma once
 
-#include "cuda/normal_steps.cuh"
+#include "cuda/normal_describe.cuh"
 
 namespace ep::normal {
-
-using DispatchRing = Ring<kDispatchStages, kDispatchAhead>;
-
-// A destination's block as this rank writes to it.
-struct Target {
-    uint8_t* block;
-    int64_t rows;  // of the block
-    int64_t first;  // this rank's first row
-    int64_t end;  // behind its last, or the end of the block if that comes before
-};
 
 struct DispatchScratch {
     uint8_t* stages;  // and their arrival words
     Target* targets;  // [R]
+    int32_t* tokens;  // [kDescribeWarps][kStretch]
+
+    static constexpr int kStageBytes = kDispatchStages * (kSendBytes + 8);
+    static constexpr int kTokenBytes =
+        kDescribeWarps * kStretch * static_cast<int>(sizeof(int32_t));
 
     static EP_HD int bytes(int num_ranks) {
-        return DispatchRing::bytes(kDispatchWarps) + num_ranks * static_cast<int>(sizeof(Target));
+        return kStageBytes + kTokenBytes + num_ranks * static_cast<int>(sizeof(Target));
     }
     static __device__ __forceinline__ DispatchScratch carve(uint8_t* smem) {
-        return {smem, reinterpret_cast<Target*>(smem + DispatchRing::bytes(kDispatchWarps))};
+        uint8_t* behind = smem + kStageBytes;
+        return {smem, reinterpret_cast<Target*>(behind + kTokenBytes),
+                reinterpret_cast<int32_t*>(behind)};
     }
 };
 
-// Lane d's index of a token among those that go to rank d, or -1; ranks 32 and on in later rounds.
-struct Positions {
-    int32_t at[kRounds];
+// The rows of one of kWarps sending warps: loads run ahead of the stores, tokens are claimed ahead
+// of the loads.
+template <int kWarps>
+struct RowSender {
+    static constexpr int kStages = kDispatchStages / kWarps;
+    static constexpr int kAhead = kWarps == 2 ? 3 : 2;
 
-    __device__ __forceinline__ void load(const int32_t* send_position, int num_ranks, int64_t token,
-                                         int num_tokens) {
-#pragma unroll
-        for (int j = 0; j < kRounds; ++j) {
-            const int r = lane_of() + 32 * j;
-            at[j] = token < num_tokens && r < num_ranks ? send_position[token * num_ranks + r] : -1;
-        }
-    }
-    __device__ __forceinline__ bool any() const {
-        bool goes = false;
-#pragma unroll
-        for (int j = 0; j < kRounds; ++j) goes = goes || at[j] >= 0;
-        return __any_sync(kFullWarp, goes) != 0;
-    }
-};
-
-// Goes through the pieces of a warp's tokens that go anywhere. Whole warps.
-struct PieceCursor {
-    int64_t token;
+    const DispatchArgs& a;
+    Ring<kStages, kAhead, kSendBytes> ring;
+    Claims claims;
+    int32_t index = 0;  // of the claim that is being loaded
+    int32_t token = 0;
     int32_t piece = 0;
-    Positions positions;
 
-    __device__ __forceinline__ void start(const DispatchArgs& a) {
-        token = static_cast<int64_t>(blockIdx.x) + static_cast<int64_t>(warp_of()) * gridDim.x;
-        seek(a);
+    // Ready, with the first loads under way. They need nothing of peers.
+    static __device__ __forceinline__ RowSender start(const DispatchArgs& a, uint8_t* stages) {
+        RowSender s{a, {}, Claims::start(a.group, kDispatchTokens, warp_of(), kWarps)};
+        s.ring = s.ring.carve(stages, warp_of(), kWarps);
+        s.token = s.claims[0];
+        s.ring.init();
+#pragma unroll 1
+        for (int i = 0; i < kAhead; ++i) s.load_next();
+        return s;
     }
-    __device__ __forceinline__ bool valid(const DispatchArgs& a) const {
-        return token < a.rows.num_tokens;
-    }
-    __device__ __forceinline__ void advance(const DispatchArgs& a) {
+    // A token that goes nowhere is loaded all the same: where it goes is not known yet.
+    __device__ __forceinline__ void load_next() {
+        if (token >= a.rows.num_tokens) return;
+        ring.load(
+            a.rows.x + token * a.rows.stride_bytes + static_cast<int64_t>(piece) * a.pieces.bytes,
+            a.pieces.bytes_of(piece, a.rows.row_bytes));
         if (++piece < a.pieces.count) return;
         piece = 0;
-        token += static_cast<int64_t>(kDispatchWarps) * gridDim.x;
-        seek(a);
+        token = claims[++index];
+        claims.take();
     }
-
-  private:
-    __device__ __forceinline__ void seek(const DispatchArgs& a) {
-#pragma unroll 1
-        while (true) {
-            positions.load(a.tables.send_position, a.group.num_ranks(), token, a.rows.num_tokens);
-            if (!valid(a) || positions.any()) return;
-            token += static_cast<int64_t>(kDispatchWarps) * gridDim.x;
-        }
+    __device__ __forceinline__ Positions positions_of(int of) const {
+        Positions found;
+        found.load(a.tables.send_position, a.group.num_ranks(), of, a.rows.num_tokens);
+        return found;
     }
-};
-
-// The lanes of a round that have a row, one after the other: f(destination, row).
-template <class Visit>
-__device__ __forceinline__ void for_each_target(const int64_t (&rows)[kRounds], Visit visit) {
+    // Lane d's row in rank d's block, or -1. False: some had no room.
+    __device__ __forceinline__ bool find_rows(const Target* targets, const Positions& positions,
+                                              int64_t (&rows)[kRounds]) const {
+        bool ok = true;
 #pragma unroll
-    for (int j = 0; j < kRounds; ++j) {
-        unsigned left = __ballot_sync(kFullWarp, rows[j] >= 0);
-#pragma unroll 1
-        while (left != 0) {
-            const int lane = __ffs(left) - 1;
-            left &= left - 1;
-            visit(lane + 32 * j, __shfl_sync(kFullWarp, rows[j], lane));
+        for (int j = 0; j < kRounds; ++j) {
+            const int dst = lane_of() + 32 * j;
+            rows[j] = -1;
+            if (positions.at[j] < 0) continue;
+            ok = find_row(a, targets[dst], dst, positions.at[j], rows[j]) && ok;
         }
+        return ok;
     }
-}
-
-// What goes beside a row: its scales, its choices in the destination's terms, its token.
-__device__ __forceinline__ void describe_row(const DispatchArgs& a, const Target* targets,
-                                             int64_t token, const int64_t (&rows)[kRounds]) {
-    const int topk = a.routes.topk, lane = lane_of(), num_scales = a.rows.num_scales;
-    const bool has_entry = lane < topk;
-    const bool has_experts = a.routes.topk_idx != nullptr && has_entry;
-    const bool has_weights = a.routes.weights != nullptr && has_entry;
-    const int64_t entry = token * topk + lane;
-    const int64_t expert = has_experts ? a.routes.expert(entry) : -1;
-    const float weight = has_weights ? a.routes.weights[entry] : 0.0f;
-    const uint32_t* scales = a.rows.scales + token * a.rows.scale_stride_token;
-    const uint32_t scale = lane < num_scales ? scales[lane * a.rows.scale_stride_group] : 0;
-    for_each_target(rows, [&](int dst, int64_t row) {
-        const Target target = targets[dst];
-        const auto layout = BlockLayout::make(target.rows, a.rows.row_bytes, num_scales, topk);
-        if (num_scales > 0) {
-            auto* to = reinterpret_cast<uint32_t*>(target.block + layout.scales) + row * num_scales;
-            if (lane < num_scales) to[lane] = scale;
-#pragma unroll 4
-            for (int g = lane + 32; g < num_scales; g += 32) {
-                to[g] = scales[g * a.rows.scale_stride_group];
-            }
-        }
-        const int64_t local = expert - static_cast<int64_t>(dst) * a.local_experts;
-        const bool there = local >= 0 && local < a.local_experts;
-        const int64_t at = row * topk + lane;
-        if (has_experts) {
-            reinterpret_cast<int64_t*>(target.block + layout.topk_idx)[at] = there ? local : -1;
-        }
-        if (has_weights) {
-            const bool wanted = there || a.routes.topk_idx == nullptr;
-            reinterpret_cast<float*>(target.block + layout.topk_weights)[at] =
-                wanted ? weight : 0.0f;
-        }
-        if (lane == 0) {
-            reinterpret_cast<int32_t*>(target.block + layout.source_token)[row] =
-                static_cast<int32_t>(token);
-        }
-    });
-}
-
-// Lane d's row in rank d's block, or -1. False: a row lies behind the block, or behind what this
-// rank announced; it is not written.
-__device__ __forceinline__ bool find_rows(const DispatchArgs& a, const Target* targets,
-                                          const Positions& positions, int64_t (&rows)[kRounds]) {
-    bool ok = true;
-#pragma unroll
-    for (int j = 0; j < kRounds; ++j) {
-        rows[j] = -1;
-        if (positions.at[j] < 0) continue;
-        const int dst = lane_of() + 32 * j;
-        const int64_t row = targets[dst].first + positions.at[j];
-        if (row < targets[dst].end) {
-            rows[j] = row;
-        } else {
-            fail(a.group.waits, FaultCode::kCount, Op::kNormalDispatch, dst,
-                 static_cast<uint64_t>(targets[dst].end), static_cast<uint64_t>(row) + 1);
-            ok = false;
-        }
-    }
-    return __any_sync(kFullWarp, !ok) == 0;
-}
-
-// Every warp: its tokens. Returns when all it stored has arrived. False: gave up.
-__device__ __forceinline__ bool send_rows(const DispatchArgs& a, const DispatchScratch& scratch) {
-    auto ring = DispatchRing::carve(scratch.stages, warp_of(), kDispatchWarps);
-    ring.init();
-    const auto load_next = [&](PieceCursor& next) {
-        if (!next.valid(a)) return;
-        const int64_t at = static_cast<int64_t>(next.piece) * a.pieces.bytes;
-        ring.load(a.rows.x + next.token * a.rows.stride_bytes + at,
-                  a.pieces.bytes_of(next.piece, a.rows.row_bytes));
-        next.advance(a);
-    };
-    PieceCursor now;
-    now.start(a);
-    PieceCursor next = now;
-#pragma unroll 1
-    for (int i = 0; i < kDispatchAhead; ++i) load_next(next);
-    bool ok = true;
-    int64_t rows[kRounds] = {};
-#pragma unroll 1
-    while (now.valid(a)) {
-        ptx::await_stores_read<DispatchRing::kBehind - 1>();
-        __syncwarp();
-        load_next(next);
-        if (now.piece == 0) {
-            ok = find_rows(a, scratch.targets, now.positions, rows) && ok;
-            describe_row(a, scratch.targets, now.token, rows);
-        }
-        const uint8_t* piece = ring.await();
-        const int64_t at = static_cast<int64_t>(now.piece) * a.pieces.bytes;
-        const auto num_bytes =
-            static_cast<uint32_t>(a.pieces.bytes_of(now.piece, a.rows.row_bytes));
+    // Whole warps: the next piece to wherever its token goes.
+    __device__ __forceinline__ void store_piece(const Target* targets,
+                                                const int64_t (&rows)[kRounds], int p) {
+        const int64_t at = static_cast<int64_t>(p) * a.pieces.bytes;
+        const auto num_bytes = static_cast<uint32_t>(a.pieces.bytes_of(p, a.rows.row_bytes));
+        const uint8_t* stage = ring.await();
 #pragma unroll
         for (int j = 0; j < kRounds; ++j) {
             if (rows[j] < 0) continue;
-            uint8_t* block = scratch.targets[lane_of() + 32 * j].block;
-            ptx::start_store(block + rows[j] * a.rows.row_bytes + at, piece, num_bytes);
+            uint8_t* block = targets[lane_of() + 32 * j].block;
+            ptx::start_store(block + rows[j] * a.rows.row_bytes + at, stage, num_bytes);
         }
         ptx::commit_stores();
-        now.advance(a);
     }
-    ptx::await_stores<0>();
-    return ok;
-}
-
-// Rows of this rank's block that nobody sends.
-__device__ __forceinline__ void pad_block(const DispatchArgs& a) {
-    const int num_ranks = a.group.num_ranks(), me = a.group.rank(), topk = a.routes.topk;
-    const auto layout = BlockLayout::make(a.block_rows, a.rows.row_bytes, a.rows.num_scales, topk);
-    uint8_t* block = a.group.data[me] + a.block_offset;
-    auto* experts = reinterpret_cast<int64_t*>(block + layout.topk_idx);
-    auto* weights = reinterpret_cast<float*>(block + layout.topk_weights);
-    constexpr int kThreadsHere = 32 * kDispatchWarps;
-    const int64_t first = a.tables.rank_prefix[(num_ranks - 1) * num_ranks + me];
+    // Returns when all it stored has arrived. False: gave up.
+    __device__ __forceinline__ bool send(const Target* targets) {
+        ptx::fence_async();  // peers' credits, acquired before, come before the stores
+        bool ok = true;
+        int64_t rows[kRounds];
+        int now = claims[0];
+        Positions positions = positions_of(now);
 #pragma unroll 1
-    for (int64_t i = first * topk + static_cast<int64_t>(blockIdx.x) * kThreadsHere + threadIdx.x;
-         i < a.block_rows * topk; i += static_cast<int64_t>(gridDim.x) * kThreadsHere) {
-        experts[i] = -1;
-        weights[i] = 0.0f;
+        for (int i = 1; now < a.rows.num_tokens; ++i) {
+            ok = find_rows(targets, positions, rows) && ok;
+            now = claims[i];
+            positions = positions_of(now);  // on their way while this token's pieces go
+#pragma unroll 1
+            for (int p = 0; p < a.pieces.count; ++p) {
+                ptx::await_stores_read<kStages - kAhead - 1>();
+                __syncwarp();
+                load_next();
+                store_piece(targets, rows, p);
+            }
+        }
+        ptx::await_stores<0>();
+        return __any_sync(kFullWarp, !ok) == 0;
     }
-}
+};
 
 // One warp: where everybody's blocks are. False: gave up.
 __device__ __forceinline__ bool find_targets(const DispatchArgs& a, uint64_t epoch,
@@ -232,6 +131,11 @@ __device__ __forceinline__ bool find_targets(const DispatchArgs& a, uint64_t epo
         const int r = base + lane_of();
         const Credit* credit =
             r < num_ranks ? group.credit(group.control.dispatch_credit_offset, me, r) : nullptr;
+        int64_t first = 0, announced = 0;  // looked up while the credit is on its way
+        if (credit != nullptr) {
+            first = tokens_before(a.tables.rank_prefix, num_ranks, me, r);
+            announced = first + tokens_between(a.tables.rank_prefix, num_ranks, me, r);
+        }
         const uint64_t* word = credit == nullptr ? nullptr : &credit->epoch;
         if (!await_words(watch, word, r, epoch)) return false;
         bool ok = true;
@@ -240,52 +144,84 @@ __device__ __forceinline__ bool find_targets(const DispatchArgs& a, uint64_t epo
             const auto layout =
                 BlockLayout::make(rows, a.rows.row_bytes, a.rows.num_scales, a.routes.topk);
             ok = check_credit(group, Op::kNormalDispatch, r, *credit, layout.bytes);
-            const int64_t first = tokens_before(a.tables.rank_prefix, num_ranks, me, r);
-            const int64_t end = first + tokens_between(a.tables.rank_prefix, num_ranks, me, r);
-            targets[r] = {group.data[r] + credit->offset, rows, first, min(end, rows)};
+            targets[r] = {group.data[r] + credit->offset, rows, first, min(announced, rows)};
         }
         if (__any_sync(kFullWarp, !ok)) return false;
     }
     return true;
 }
 
-// One warp of the last CTA: this rank's rows are everywhere; waits for the others'. False: gave up.
-__device__ __forceinline__ bool exchange_done(const Group& group, uint64_t epoch) {
+// Behind a barrier of the CTA: what it stored has arrived everywhere.
+__device__ __forceinline__ void tell_done(const Group& group) {
+    if (warp_of() != 0) return;
+    const uint64_t share = done_share(blockIdx.x, gridDim.x);
 #pragma unroll 1
     for (int r = lane_of(); r < group.num_ranks(); r += 32) {
-        ptx::store_release_sys(group.done(r, group.rank()), epoch);  // acquired below, by rank r
+        // Covers the whole CTA's stores, through that barrier; acquired in await_done by rank r.
+        ptx::add_release_sys(group.done(r, group.rank()), share);
     }
+}
+
+// One warp of the last CTA: everybody's rows are here. False: gave up.
+__device__ __forceinline__ bool await_done(const Group& group, uint64_t epoch) {
     Watch watch{group.waits, Op::kNormalDispatch};
 #pragma unroll 1
     for (int base = 0; base < group.num_ranks(); base += 32) {
         const int s = base + lane_of();
         const uint64_t* word = s < group.num_ranks() ? group.done(group.rank(), s) : nullptr;
-        if (!await_words(watch, word, s, epoch)) return false;
+        if (!await_words(watch, word, s, done_word(epoch))) return false;
     }
     return true;
 }
 
+// One of kWarps sending warps. The whole CTA meets once, where the targets are known. False: gave
+// up.
+template <int kWarps>
+__device__ __forceinline__ bool send_part(const DispatchArgs& a, const DispatchScratch& scratch) {
+    if (warp_of() >= kWarps) return __syncthreads_or(0) == 0;
+    auto sender = RowSender<kWarps>::start(a, scratch.stages);
+    const bool found = __syncthreads_or(0) == 0;
+    const bool ok = found && sender.send(scratch.targets);
+    sender.ring.drain();
+    return ok;
+}
+__device__ __forceinline__ bool send_part(const DispatchArgs& a, const DispatchScratch& scratch) {
+    const int warps = sending_warps(static_cast<int>(gridDim.x));
+    if (warps == 1) return send_part<1>(a, scratch);
+    if (warps == 2) return send_part<2>(a, scratch);
+    return send_part<kSendWarps>(a, scratch);
+}
+
+// The other warps; one of them tells and learns where blocks are. False: gave up.
+__device__ __forceinline__ bool describe_part(const DispatchArgs& a, uint64_t epoch,
+                                              const DispatchScratch& scratch) {
+    bool ok = true;
+    if (warp_of() == kSendWarps) ok = find_targets(a, epoch, scratch.targets);
+    if (__syncthreads_or(!ok) != 0) return false;
+    ok = describe(a, scratch.targets, scratch.tokens);
+    if (!a.exact) pad_block(a);
+    return ok;
+}
+
 // The whole grid.
 __device__ __forceinline__ void dispatch(const DispatchArgs& a, uint8_t* smem) {
+    ptx::await_previous_kernel();
     const Group& group = a.group;
     const DispatchScratch scratch = DispatchScratch::carve(smem);
     const uint64_t epoch = group.state->dispatched + 1;  // the last CTA moves it on
+    if (blockIdx.x == 0 && warp_of() == kSendWarps) {
+        publish_credit(group, group.control.dispatch_credit_offset,
+                       {a.block_offset, a.block_rows, epoch});
+    }
     bool ok = may_run(group, Op::kNormalDispatch);
     if (ok) {
-        if (warp_of() == 0) {
-            if (blockIdx.x == 0) {
-                publish_credit(group, group.control.dispatch_credit_offset,
-                               {a.block_offset, a.block_rows, epoch});
-            }
-            __syncwarp();
-            ok = find_targets(a, epoch, scratch.targets);
-        }
-        if (!a.exact) pad_block(a);
-        ok = __syncthreads_or(!ok) == 0;
+        ok = warp_of() < kSendWarps ? send_part(a, scratch) : describe_part(a, epoch, scratch);
     }
-    if (ok) ok = send_rows(a, scratch);
-    if (!finish(group, kDispatchTicket, !ok) || warp_of() != 0) return;
-    if (exchange_done(group, epoch) && threadIdx.x == 0) group.state->dispatched = epoch;
+    ok = __syncthreads_or(!ok) == 0;
+    if (ok) tell_done(group);
+    ptx::allow_next_kernel();  // not before: until then it would hold SMs that are not ours
+    if (!finish(group, kDispatchTicket, {kDispatchTokens}, !ok) || warp_of() != 0) return;
+    if (await_done(group, epoch) && threadIdx.x == 0) group.state->dispatched = epoch;
 }
 
 }  // namespace ep::normal

@@ -1,7 +1,9 @@
 // Normal operations as the launcher sees them: what a kernel knows of a rank, arguments, sizes.
 //
 // Launch contract of dispatch and combine: one CTA an SM, with the shared memory below. A CTA waits
-// for peers, never for another CTA of its kernel, so that they need not run at the same time.
+// for peers, never for another CTA of its kernel, so that they need not run at the same time. Every
+// kernel may be launched with programmatic dependent launch: it touches no memory before
+// await_previous_kernel().
 #pragma once
 
 #include "cuda/view.h"
@@ -39,17 +41,19 @@ struct Group {
 
     static Group make(int num_ranks, int rank, int max_experts, const uintptr_t* control_heaps,
                       const uintptr_t* data_heaps, int64_t data_bytes, uintptr_t local,
-                      uintptr_t faults) {
+                      uintptr_t faults, const Part& part = {}) {
         Group g{};
         g.data_bytes = data_bytes;
-        g.control = ControlLayout::make(num_ranks, max_experts);
+        g.control = ControlLayout::make(num_ranks, max_experts, part.control_start);
         g.state = reinterpret_cast<State*>(local);
         g.waits.num_ranks = num_ranks;
         g.waits.rank = rank;
+        g.waits.names = part.names;
         g.waits.num_experts = max_experts;
         g.waits.budget_ns = &g.state->budget_ns;
-        g.waits.fault_claim = &g.state->fault_claim;
-        g.waits.dropped_entries = &g.state->dropped_entries;
+        State* first = g.state - part.index;  // of the rank's parts
+        g.waits.fault_claim = &first->fault_claim;
+        g.waits.dropped_entries = &first->dropped_entries;
         g.waits.faults = reinterpret_cast<FaultBoard*>(faults);
         for (int r = 0; r < num_ranks; ++r) {
             g.waits.peer[r] = reinterpret_cast<uint8_t*>(control_heaps[r]);
@@ -59,8 +63,17 @@ struct Group {
     }
 };
 
-// Each kernel's word among State::tickets.
-enum Ticket { kDispatchTicket, kCombineTicket };
+// Words among State::tickets: CTAs of a kernel that have ended, and items that its warps have
+// taken.
+enum Ticket {
+    kLayoutTicket,
+    kDispatchTicket,
+    kCombineTicket,
+    kDispatchTokens,
+    kCombineChunks,
+    kCombineTokens,
+    kNumTickets
+};
 
 // Ranks to a lane where lanes stand for ranks.
 inline constexpr int kRounds = static_cast<int>(ceil_div(kMaxRanks, 32));
@@ -74,35 +87,59 @@ struct Pieces {
         const int64_t left = row_bytes - static_cast<int64_t>(piece) * bytes;
         return left < bytes ? static_cast<int>(left) : bytes;
     }
-    static Pieces make(int64_t row_bytes);
+    static Pieces make(int64_t row_bytes, int stage_bytes) {
+        const int64_t count = ceil_div(row_bytes, stage_bytes);
+        return {static_cast<int32_t>(count),
+                static_cast<int32_t>(round_up(ceil_div(row_bytes, count), kRowMultiple))};
+    }
 };
 
-inline constexpr int kStageBytes = 7168;
+inline constexpr int kSendBytes = 7168;  // of a stage between a bulk load and bulk stores
 inline constexpr int kCountThreads = 512;  // layout, notify: kThreads, as lines want it
 
-// Dispatch: eight warps that send.
-inline constexpr int kDispatchWarps = 8;
-inline constexpr int kDispatchStages = 4;
-inline constexpr int kDispatchAhead = 2;  // loads in flight behind the stage in use
-
-// Combine: a few warps send, the others add up.
-inline constexpr int kCombineThreads = 512;
+// With many SMs few bytes of each keep the link busy. Then one or two warps of each send: what a
+// warp holds but has not sent yet is what others, when they have nothing left, cannot take over.
+inline constexpr int kFewSms = 16;
+inline constexpr int kManySms = 64;
 inline constexpr int kSendWarps = 4;
-inline constexpr int kReduceWarps = kCombineThreads / 32 - kSendWarps;
-inline constexpr int kCombineStages = 8;
-inline constexpr int kCombineAhead = 3;
-
-inline Pieces Pieces::make(int64_t row_bytes) {
-    const int64_t count = ceil_div(row_bytes, kStageBytes);
-    return {static_cast<int32_t>(count),
-            static_cast<int32_t>(round_up(ceil_div(row_bytes, count), kRowMultiple))};
+EP_HD constexpr int sending_warps(int ctas) {
+    return ctas <= kFewSms ? kSendWarps : ctas <= kManySms ? 2 : 1;
 }
+
+// Dispatch: a few warps send rows, the others what goes beside them.
+inline constexpr int kDescribeWarps = 4;
+inline constexpr int kDispatchThreads = 32 * (kSendWarps + kDescribeWarps);
+inline constexpr int kDispatchStages = 24;  // of the warps that send, together
+
+// Combine: a few warps send, one announces what they have sent, the others add up.
+inline constexpr int kReduceWarps = 11;
+inline constexpr int kAnnouncer = kSendWarps;  // this warp; the reducing ones come behind it
+inline constexpr int kFirstReducer = kAnnouncer + 1;
+inline constexpr int kCombineThreads = 32 * (kFirstReducer + kReduceWarps);
+inline constexpr int kCombineStages = 16;  // of the warps that send, together
+inline constexpr int kReduceBytes = 2048;  // of a stage that a reducing warp adds from
+inline constexpr int kReduceStages = 4;
+
+// Scales travel four at a time where that is possible.
+struct ScaleUnits {
+    bool vectors;  // 16 bytes a unit, else 4
+    int32_t count;  // of a row
+    FastDiv by_count;
+
+    static ScaleUnits make(const NormalRows& rows) {
+        const bool vectors = rows.num_scales % 4 == 0 && rows.scale_stride_group == 1 &&
+                             rows.scale_stride_token % 4 == 0 &&
+                             reinterpret_cast<uintptr_t>(rows.scales) % 16 == 0;
+        const int count = vectors ? rows.num_scales / 4 : rows.num_scales;
+        return {vectors, count, FastDiv::by(static_cast<uint32_t>(count > 0 ? count : 1))};
+    }
+};
 
 struct LayoutArgs {
     NormalRoutes routes;
     int32_t num_tokens;
     FastDiv by_local_experts;
-    NormalLayout into;  // counts are zero when the kernel starts
+    NormalLayout into;
     Group group;
 };
 struct NotifyArgs {
@@ -121,6 +158,8 @@ struct DispatchArgs {
     NormalRoutes routes;
     NormalTables tables;
     Pieces pieces;
+    ScaleUnits scales;
+    FastDiv by_topk;
     int32_t local_experts;
     int64_t block_offset;
     int64_t block_rows;
@@ -130,7 +169,8 @@ struct DispatchArgs {
 struct CombineArgs {
     NormalCombine work;
     NormalTables tables;
-    Pieces pieces;
+    Pieces pieces;  // as they are sent
+    Pieces parts;  // as they are added
     Group group;
 };
 

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kCountThreads)
     notify(a, smem);
 }
 
-__global__ void __launch_bounds__(32 * kDispatchWarps, 1)
+__global__ void __launch_bounds__(kDispatchThreads, 1)
     normal_dispatch_kernel(const __grid_constant__ DispatchArgs a) {
     extern __shared__ __align__(128) uint8_t smem[];
     dispatch(a, smem);

@@ -47,16 +47,35 @@ void check_rows(int64_t row_bytes, const void* x, int64_t stride_bytes, int topk
     require(topk >= 0 && topk <= kMaxTopk, "topk", topk, "in 0..32");
 }
 
+struct Launch {
+    int grid;
+    int threads;
+    int scratch_bytes;
+    StreamHandle stream;
+    bool early;  // may start while the kernel before it still runs, and wait there
+};
+
 template <class Args>
-void launch(void (*kernel)(Args), int grid, int threads, int scratch_bytes, StreamHandle stream,
-            const Args& args) {
+void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
     static_assert(sizeof(Args) <= kMostArgumentBytes);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(grid));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<size_t>(scratch_bytes);
-    config.stream = reinterpret_cast<cudaStream_t>(stream);
+    config.gridDim = dim3(static_cast<unsigned>(how.grid));
+    config.blockDim = dim3(static_cast<unsigned>(how.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(how.scratch_bytes);
+    config.stream = reinterpret_cast<cudaStream_t>(how.stream);
+    config.attrs = &attribute;
+    config.numAttrs = how.early ? 1 : 0;
     EP_CUDA(cudaLaunchKernelEx(&config, kernel, args));
+}
+
+// Whether a peer's heap lies on this GPU: then several ranks share its SMs.
+bool on_device(std::uintptr_t heap, int device) {
+    cudaPointerAttributes found{};
+    EP_CUDA(cudaPointerGetAttributes(&found, reinterpret_cast<const void*>(heap)));
+    return found.device == device;
 }
 
 // Loads a kernel and lets it have the shared memory it needs.
@@ -74,7 +93,8 @@ void prepare(void (*kernel)(Args), int scratch_bytes) {
 CudaNormal::CudaNormal(int num_ranks, int rank, int max_experts,
                        const std::vector<std::uintptr_t>& control,
                        const std::vector<std::uintptr_t>& data, int64_t data_bytes,
-                       std::uintptr_t local, std::uintptr_t fault, int device)
+                       std::uintptr_t local, std::uintptr_t fault, int device,
+                       const normal::Part& part)
     : data_bytes_(data_bytes), max_experts_(max_experts), device_(device) {
     require(num_ranks >= 1 && num_ranks <= kMaxRanks, "num_ranks", num_ranks, "in 1..72");
     require(rank >= 0 && rank < num_ranks, "rank", rank, "in 0..num_ranks - 1");
@@ -91,9 +111,13 @@ CudaNormal::CudaNormal(int num_ranks, int rank, int max_experts,
     require_aligned(local, alignof(State), "local memory");
     require_aligned(fault, alignof(FaultBoard), "fault memory");
     group_ = normal::Group::make(num_ranks, rank, max_experts, control.data(), data.data(),
-                                 data_bytes, local, fault);
+                                 data_bytes, local, fault, part);
     const DeviceGuard guard(device_);
     EP_CUDA(cudaDeviceGetAttribute(&sm_count_, cudaDevAttrMultiProcessorCount, device_));
+    // A kernel that waits for its predecessor holds SMs that the other ranks of this GPU may need.
+    for (int r = 0; r < num_ranks; ++r) {
+        if (r != rank && on_device(data[r], device_)) starts_early_ = false;
+    }
     // The limits belong to the device, not to this rank: other groups may have more ranks.
     prepare(normal::layout_kernel_ptr(), normal::layout_scratch_bytes(kMaxRanks, kMaxExperts));
     prepare(normal::notify_kernel_ptr(),
@@ -134,21 +158,16 @@ void CudaNormal::layout(const NormalRoutes& routes, int num_tokens, int num_expe
     check_experts(num_experts, num_tokens);
     require(routes.topk >= 1 && routes.topk <= kMaxTopk, "topk", routes.topk, "in 1..32");
     const DeviceGuard guard(device_);
-    const auto on = reinterpret_cast<cudaStream_t>(stream);
-    const int num_ranks = group_.num_ranks();
-    const auto words = sizeof(int32_t);
-    EP_CUDA(cudaMemsetAsync(into.tokens_per_rank, 0, words * num_ranks, on));
-    EP_CUDA(cudaMemsetAsync(into.tokens_per_expert, 0, words * num_experts, on));
-    const auto ctas = ceil_div(num_tokens, normal::kCountThreads);
-    if (ctas == 0) return;
+    const int64_t ctas = std::max<int64_t>(1, ceil_div(num_tokens, normal::kCountThreads));
     normal::LayoutArgs args{.routes = routes,
                             .num_tokens = num_tokens,
                             .by_local_experts = by_local_experts(num_experts),
                             .into = into,
                             .group = group_};
     args.group.waits.num_experts = num_experts;
-    launch(normal::layout_kernel_ptr(), static_cast<int>(std::min<int64_t>(ctas, kMostLayoutCtas)),
-           normal::kCountThreads, normal::layout_scratch_bytes(num_ranks, num_experts), stream,
+    launch(normal::layout_kernel_ptr(),
+           {static_cast<int>(std::min<int64_t>(ctas, kMostLayoutCtas)), normal::kCountThreads,
+            normal::layout_scratch_bytes(group_.num_ranks(), num_experts), stream, starts_early_},
            args);
 }
 
@@ -161,8 +180,9 @@ void CudaNormal::notify(const NormalLayout& layout, int num_tokens, int num_expe
     const int num_ranks = group_.num_ranks(), local_experts = num_experts / num_ranks;
     const int placing =
         static_cast<int>(std::min<int64_t>(ceil_div(num_tokens, kNotifyTokens), kMostNotifyCtas));
-    launch(normal::notify_kernel_ptr(), 1 + placing, normal::kCountThreads,
-           normal::notify_scratch_bytes(num_ranks, local_experts), stream,
+    launch(normal::notify_kernel_ptr(),
+           {1 + placing, normal::kCountThreads,
+            normal::notify_scratch_bytes(num_ranks, local_experts), stream, starts_early_},
            normal::NotifyArgs{
                .layout = layout,
                .num_tokens = num_tokens,
@@ -186,17 +206,21 @@ void CudaNormal::dispatch(const NormalRows& rows, const NormalRoutes& routes, in
     check_block(block_offset, block.bytes, "block");
     const int grid = grid_for(num_sms);
     const DeviceGuard guard(device_);
-    launch(normal::dispatch_kernel_ptr(), grid, 32 * normal::kDispatchWarps,
-           normal::dispatch_scratch_bytes(group_.num_ranks()), stream,
-           normal::DispatchArgs{.rows = rows,
-                                .routes = routes,
-                                .tables = tables,
-                                .pieces = normal::Pieces::make(rows.row_bytes),
-                                .local_experts = num_experts / group_.num_ranks(),
-                                .block_offset = block_offset,
-                                .block_rows = block_rows,
-                                .exact = exact,
-                                .group = group_});
+    launch(normal::dispatch_kernel_ptr(),
+           {grid, normal::kDispatchThreads, normal::dispatch_scratch_bytes(group_.num_ranks()),
+            stream, starts_early_},
+           normal::DispatchArgs{
+               .rows = rows,
+               .routes = routes,
+               .tables = tables,
+               .pieces = normal::Pieces::make(rows.row_bytes, normal::kSendBytes),
+               .scales = normal::ScaleUnits::make(rows),
+               .by_topk = FastDiv::by(static_cast<uint32_t>(std::max(1, routes.topk))),
+               .local_experts = num_experts / group_.num_ranks(),
+               .block_offset = block_offset,
+               .block_rows = block_rows,
+               .exact = exact,
+               .group = group_});
 }
 
 void CudaNormal::combine(const NormalCombine& work, const NormalTables& tables, int num_sms,
@@ -210,11 +234,13 @@ void CudaNormal::combine(const NormalCombine& work, const NormalTables& tables, 
     check_block(work.inbox_offset, 0, "inbox");
     const int grid = grid_for(num_sms);
     const DeviceGuard guard(device_);
-    launch(normal::combine_kernel_ptr(), grid, normal::kCombineThreads,
-           normal::combine_scratch_bytes(group_.num_ranks()), stream,
+    launch(normal::combine_kernel_ptr(),
+           {grid, normal::kCombineThreads, normal::combine_scratch_bytes(group_.num_ranks()),
+            stream, starts_early_},
            normal::CombineArgs{.work = work,
                                .tables = tables,
-                               .pieces = normal::Pieces::make(row_bytes),
+                               .pieces = normal::Pieces::make(row_bytes, normal::kSendBytes),
+                               .parts = normal::Pieces::make(row_bytes, normal::kReduceBytes),
                                .group = group_});
 }
 

@@ -15,9 +15,9 @@ class CudaNormal {
     // kernel, so that no later launch has to. Synchronises.
     CudaNormal(int num_ranks, int rank, int max_experts, const std::vector<std::uintptr_t>& control,
                const std::vector<std::uintptr_t>& data, int64_t data_bytes, std::uintptr_t local,
-               std::uintptr_t fault, int device);
+               std::uintptr_t fault, int device, const normal::Part& part = {});
 
-    // Capturable: kernels, and for the layout two memsets. Bad arguments throw
+    // Capturable, a kernel each. Bad arguments throw
     // std::invalid_argument before anything is launched.
     void layout(const NormalRoutes& routes, int num_tokens, int num_experts,
                 const NormalLayout& into, StreamHandle stream) const;
@@ -29,6 +29,9 @@ class CudaNormal {
                   int num_sms, StreamHandle stream) const;
     void combine(const NormalCombine& work, const NormalTables& tables, int num_sms,
                  StreamHandle stream) const;
+
+    // What its kernels know; for kernels that set words on behalf of peers (cuda/wire.h).
+    const normal::Group& group() const { return group_; }
 
     // These synchronise; they are for tests, reports and recovery.
     void set_time_budget(uint64_t nanoseconds) const;
@@ -46,6 +49,7 @@ class CudaNormal {
     int max_experts_;
     int device_;
     int sm_count_ = 0;
+    bool starts_early_ = true;  // programmatic dependent launch
 };
 
 }  // namespace ep

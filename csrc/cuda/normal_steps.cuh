@@ -38,8 +38,9 @@ __device__ __forceinline__ bool await_words(Watch& watch, const uint64_t* word, 
 // A peer's offset is where we write: never beyond its heap. False: recorded.
 __device__ __forceinline__ bool check_credit(const Group& group, Op op, int peer,
                                              const Credit& credit, int64_t bytes) {
-    const bool ok = credit.offset >= 0 && credit.rows >= 0 && credit.offset <= group.data_bytes &&
-                    bytes >= 0 && bytes <= group.data_bytes - credit.offset;
+    const bool ok = credit.offset >= 0 && credit.offset % kLine == 0 && credit.rows >= 0 &&
+                    credit.offset <= group.data_bytes && bytes >= 0 &&
+                    bytes <= group.data_bytes - credit.offset;
     if (!ok) {
         fail(group.waits, FaultCode::kCount, op, peer, static_cast<uint64_t>(group.data_bytes),
              static_cast<uint64_t>(credit.offset + bytes));
@@ -48,11 +49,11 @@ __device__ __forceinline__ bool check_credit(const Group& group, Op op, int peer
 }
 
 // Tells every rank where this rank's block or inbox lies, and that nothing of the epochs before is
-// read there any more. Acquired by that rank's await_words.
+// read there any more. One warp. Acquired by that rank's await_words.
 __device__ __forceinline__ void publish_credit(const Group& group, int64_t offset,
                                                const Credit& mine) {
 #pragma unroll 1
-    for (int r = threadIdx.x; r < group.num_ranks(); r += 32) {
+    for (int r = lane_of(); r < group.num_ranks(); r += 32) {
         Credit* line = group.credit(offset, r, group.rank());
         line->offset = mine.offset;
         line->rows = mine.rows;
@@ -60,29 +61,75 @@ __device__ __forceinline__ void publish_credit(const Group& group, int64_t offse
     }
 }
 
-// Every CTA of a kernel, at its end. True in the CTA that comes last, if no CTA gave up: what all
-// of them wrote is visible to it, and to whoever acquires what it releases.
-__device__ __forceinline__ bool finish(const Group& group, Ticket which, bool gave_up) {
+// Every CTA of a kernel, at its end. True in the CTA that comes last, if no CTA gave up. It leaves
+// the kernel's counters of work, which nobody takes from any more, at zero.
+template <int kCounters>
+__device__ __forceinline__ bool finish(const Group& group, Ticket which,
+                                       const Ticket (&counters)[kCounters], bool gave_up) {
     constexpr uint32_t kGaveUp = 1u << 16;
     gave_up = __syncthreads_or(gave_up) != 0;
     bool last = false;
     if (threadIdx.x == 0) {
         uint32_t* ticket = &group.state->tickets[which];
-        __threadfence_system();  // the CTA's stores to peers are covered as well
         const uint32_t before = ptx::add_acq_rel_gpu(ticket, gave_up ? 1 + kGaveUp : 1);
         last = before % kGaveUp == gridDim.x - 1;
-        if (last) *ticket = 0;
+        if (last) {
+            *ticket = 0;
+#pragma unroll
+            for (const Ticket counter : counters) group.state->tickets[counter] = 0;
+        }
         last = last && !gave_up && before < kGaveUp;
     }
     return __syncthreads_or(last) != 0;
 }
 
-// Stages between bulk loads and bulk stores, of one warp. Piece i is in stage i % kStages; the load
-// of piece i + kAhead starts while piece i is in use, when the stores of the piece that had its
-// stage before have left.
-template <int kStages, int kAhead>
+// Work that the warps of a kernel take as they go: not all SMs reach the link at the same speed. A
+// warp's item i is on lane i % 32. The first is the warp's own, later ones come from the counter;
+// each is asked for well before it is needed.
+struct Claims {
+    uint32_t* counter;
+    int32_t shared;  // items that are some warp's own
+    int32_t item;
+    int32_t taken = 1;
+
+    // Warp `warp` of `warps` in each CTA.
+    static __device__ __forceinline__ Claims start(const Group& group, Ticket which, int warp,
+                                                   int warps) {
+        const auto ctas = static_cast<int32_t>(gridDim.x);
+        Claims claims{&group.state->tickets[which], ctas * warps,
+                      static_cast<int32_t>(blockIdx.x) + warp * ctas};
+        claims.take();
+        return claims;
+    }
+    __device__ __forceinline__ void take() {
+        if (lane_of() == (taken & 31)) item = shared + static_cast<int>(atomicAdd(counter, 1u));
+        ++taken;
+    }
+    // One of the last 32 that were taken. Whole warps.
+    __device__ __forceinline__ int operator[](int i) const {
+        return __shfl_sync(kFullWarp, item, i & 31);
+    }
+};
+
+// Lane d's index of a token among those that go to rank d, or -1; ranks 32 and on in later rounds.
+struct Positions {
+    int32_t at[kRounds];
+
+    __device__ __forceinline__ void load(const int32_t* send_position, int num_ranks, int64_t token,
+                                         int num_tokens) {
+#pragma unroll
+        for (int j = 0; j < kRounds; ++j) {
+            const int r = lane_of() + 32 * j;
+            at[j] = token < num_tokens && r < num_ranks ? send_position[token * num_ranks + r] : -1;
+        }
+    }
+};
+
+// Stages behind bulk loads, of one warp. Piece i is in stage i % kStages; the load of piece
+// i + kAhead starts while piece i is in use, when nobody uses the piece that had its stage before.
+template <int kStages, int kAhead, int kBytes>
 struct Ring {
-    static constexpr int kBehind = kStages - kAhead;  // pieces whose stores may be in flight
+    static constexpr int kBehind = kStages - kAhead;  // pieces that may still be in use
 
     uint8_t* stages;
     uint64_t* arrivals;  // [kStages]
@@ -91,11 +138,11 @@ struct Ring {
     int32_t loads = 0;  // under way
     uint32_t parity = 0;
 
-    static EP_HD constexpr int bytes(int warps) { return warps * kStages * (kStageBytes + 8); }
+    static EP_HD constexpr int bytes(int warps) { return warps * kStages * (kBytes + 8); }
     // Of warp `warp` among `warps`; the arrival words lie behind all stages.
     static __device__ __forceinline__ Ring carve(uint8_t* smem, int warp, int warps) {
-        auto* words = reinterpret_cast<uint64_t*>(smem + warps * kStages * kStageBytes);
-        return {smem + warp * kStages * kStageBytes, words + warp * kStages};
+        auto* words = reinterpret_cast<uint64_t*>(smem + warps * kStages * kBytes);
+        return {smem + warp * kStages * kBytes, words + warp * kStages};
     }
     // The warp that owns it.
     __device__ __forceinline__ void init() {
@@ -103,13 +150,12 @@ struct Ring {
 #pragma unroll
             for (int s = 0; s < kStages; ++s) ptx::init_arrival(arrivals + s);
         }
-        // The copy engine sees the words; and peers' credits, acquired before, come before stores.
-        ptx::fence_async();
+        ptx::fence_async();  // the copy engine sees the words
         __syncwarp();
     }
     __device__ __forceinline__ void load(const uint8_t* from, int num_bytes) {
         if (lane_of() == 0) {
-            ptx::start_load(stages + filling * kStageBytes, from, static_cast<uint32_t>(num_bytes),
+            ptx::start_load(stages + filling * kBytes, from, static_cast<uint32_t>(num_bytes),
                             arrivals + filling);
         }
         filling = filling + 1 == kStages ? 0 : filling + 1;
@@ -118,7 +164,7 @@ struct Ring {
     // The next piece, when it is there.
     __device__ __forceinline__ const uint8_t* await() {
         ptx::await_load(arrivals + next_used, parity);
-        const uint8_t* at = stages + next_used * kStageBytes;
+        const uint8_t* at = stages + next_used * kBytes;
         next_used = next_used + 1 == kStages ? 0 : next_used + 1;
         if (next_used == 0) parity ^= 1;
         --loads;
@@ -127,6 +173,41 @@ struct Ring {
     // A CTA must not end before its loads.
     __device__ __forceinline__ void drain() {
         while (loads > 0) await();
+    }
+};
+
+// Stages that a warp fills some steps ahead, each lane with the vectors that it will itself use: no
+// lane waits for another. The next load comes before the next use, so that a stage is filled again
+// only when its use is over.
+template <int kStages, int kBytes>
+struct CopyRing {
+    static constexpr int kAhead = kStages - 1;
+
+    uint8_t* stages;
+    int32_t filling = 0;
+    int32_t next_used = 0;
+
+    static EP_HD constexpr int bytes(int warps) { return warps * kStages * kBytes; }
+    static __device__ __forceinline__ CopyRing carve(uint8_t* smem, int warp) {
+        return {smem + warp * kStages * kBytes};
+    }
+    // Vectors of `from`; 0: nothing, but it counts as a load.
+    __device__ __forceinline__ void load(const uint8_t* from, int num_vectors) {
+        uint8_t* to = stages + filling * kBytes;
+#pragma unroll
+        for (int u = 0; u < static_cast<int>(ceil_div(kBytes, 32 * 16)); ++u) {
+            const int i = lane_of() + 32 * u;
+            if (i < num_vectors) ptx::start_copy(to + 16 * i, from + 16 * i);
+        }
+        ptx::commit_copies();
+        filling = filling + 1 == kStages ? 0 : filling + 1;
+    }
+    // What this lane loaded kAhead loads ago.
+    __device__ __forceinline__ const uint8_t* await() {
+        ptx::await_copies<kAhead>();
+        const uint8_t* at = stages + next_used * kBytes;
+        next_used = next_used + 1 == kStages ? 0 : next_used + 1;
+        return at;
     }
 };
 

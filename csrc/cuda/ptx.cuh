@@ -28,11 +28,16 @@ __device__ __forceinline__ Vector load_line_vector(const void* p) {
     return v;
 }
 
-// Abort words: advisory, order does not matter.
+// Words of 8 bytes that carry their own tag, which no access tears; and abort words, which are
+// advisory. Nothing else is inferred from either, so order does not matter.
 __device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* p) {
     uint64_t v;
     asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
     return v;
+}
+
+__device__ __forceinline__ void store_relaxed_sys(uint64_t* p, uint64_t v) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
 // Words that say that something else is there: what was written before the release is visible after
@@ -47,6 +52,25 @@ __device__ __forceinline__ void store_release_sys(uint64_t* p, uint64_t v) {
 }
 __device__ __forceinline__ void store_release_sys(int32_t* p, int32_t v) {
     asm volatile("st.release.sys.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+// What was written before the fence, by whoever this thread has acquired from too, comes before
+// what is stored after it: one fence for many words. It waits until all that the SM has stored so
+// far has arrived. Those stores are store_relaxed_sys.
+__device__ __forceinline__ void fence_release_sys() {
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
+// Between warps of a CTA.
+__device__ __forceinline__ uint32_t load_acquire_cta(const uint32_t* p) {
+    uint32_t v;
+    asm volatile("ld.acquire.cta.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_release_cta(uint32_t* p, uint32_t v) {
+    asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+// Whoever acquires the sum after this addition sees what was written before it.
+__device__ __forceinline__ void add_release_sys(uint64_t* p, uint64_t v) {
+    asm volatile("red.release.sys.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 // Each adder sees what earlier adders wrote before: release and acquire in one, for this GPU.
 __device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* p, uint32_t v) {
@@ -120,12 +144,50 @@ __device__ __forceinline__ void await_stores() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
+// 16 bytes from global to shared memory, of this thread and for it alone: part of its next
+// commit_copies().
+__device__ __forceinline__ void start_copy(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                 : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// All but the thread's last `kLeft` groups are there.
+template <int kLeft>
+__device__ __forceinline__ void await_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
 // Two floats to BF16, nearest even; `lo` in the low half.
 __device__ __forceinline__ uint32_t pack_bf16x2(float lo, float hi) {
     uint32_t out;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(hi), "f"(lo));
     return out;
 }
+
+// Two e4m3 values, exactly; `lo` is the low byte.
+struct Two {
+    float lo;
+    float hi;
+};
+__device__ __forceinline__ Two unpack_fp8x2(uint16_t values) {
+    Two out;
+    asm("{\n"
+        ".reg .b32 pair;\n"
+        ".reg .b16 lo, hi;\n"
+        "cvt.rn.f16x2.e4m3x2 pair, %2;\n"
+        "mov.b32 {lo, hi}, pair;\n"
+        "cvt.f32.f16 %0, lo;\n"
+        "cvt.f32.f16 %1, hi;\n"
+        "}"
+        : "=f"(out.lo), "=f"(out.hi)
+        : "h"(values));
+    return out;
+}
+
+// Between two looks at a word that another warp of this CTA will write.
+__device__ __forceinline__ void pause() { __nanosleep(20); }
 
 // Nanoseconds, the same clock for all SMs of a GPU.
 __device__ __forceinline__ uint64_t global_timer_ns() {

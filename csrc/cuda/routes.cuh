@@ -80,8 +80,8 @@ __device__ __forceinline__ void clear_counts(const View& view, RouteCounts count
 // Adds tokens [0, end) to cleared counts; all warps of the CTA, the caller synchronises. A warp
 // takes as many tokens as fit its lanes, and loads two such groups at once. (Sums of integers: the
 // order of the atomics does not show.)
-__device__ __forceinline__ void count_tokens(const View& view, const SendInput& in, int end,
-                                             RouteCounts counts) {
+__device__ __forceinline__ void count_tokens(const View& view, const SendInput& in, Absent absent,
+                                             int end, RouteCounts counts) {
     constexpr int kInFlight = 2;
     const int lane = threadIdx.x & 31;
     const int group_tokens = view.by_topk(32);
@@ -98,7 +98,7 @@ __device__ __forceinline__ void count_tokens(const View& view, const SendInput& 
         }
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) {
-            const Choice c = check_choice(view, raw[j], group * view.topk);
+            const Choice c = check_choice(view, absent.reachable(view, raw[j]), group * view.topk);
             if (c.expert >= 0) atomicAdd(&counts.rows[c.expert], 1);
             if (c.leads_message) atomicAdd(&counts.messages[c.rank], 1);
         }

@@ -8,14 +8,15 @@
 
 namespace ep {
 
-inline constexpr int kThreads = 512;  // every kernel
+inline constexpr int kThreads = 512;  // of a CTA that dispatches
 inline constexpr int kStagingThreads = kThreads - 32;  // of a dispatch send: the last warp routes
+inline constexpr int kCombineThreads = 256;  // of a CTA that combines
 inline constexpr int kVectorsPerLine = 8;
-inline constexpr int kGranulesPerLine = 15;
 
 struct View {
     int32_t num_ranks;
     int32_t rank;
+    Names names;
     int32_t chain;
     bool starts_early;  // launched with programmatic dependent launch
     int32_t num_experts;
@@ -42,15 +43,13 @@ struct View {
     int32_t counts_vectors;
     int32_t counts_stride;
 
-    // Combine rows. A part of a row is what one pass of a CTA covers.
-    int32_t num_granules;
-    int32_t combine_vectors;
+    // Combine rows.
+    int32_t sum_lines;  // of data, BF16
+    int32_t sums;  // units of a row, whatever it travels as
+    int32_t fp8_sum_bytes;
     int32_t combine_stride;
-    int32_t parts;
-    int32_t part_vectors;
-    FastDiv by_parts;
-    FastDiv by_slot_items;  // the parts of one slot of every source
-    FastDiv by_remote_items;  // of every other source
+    FastDiv by_sums;
+    FastDiv by_others;  // the ranks but this one; at least one
 
     // This rank's memory.
     const uint8_t* counts_in;  // [2][R]
@@ -60,6 +59,7 @@ struct View {
     const uint8_t* combine_in;  // [2][R][M]
     ChainState* state;
     StepStats* stats;
+    const RankMask* mask;  // null: nobody is ever masked (normal operations)
     const uint64_t* budget_ns;
     uint32_t* fault_claim;
     uint32_t* dropped_entries;
@@ -86,6 +86,7 @@ struct View {
         View v{};
         v.num_ranks = s.num_ranks;
         v.rank = ctx.rank;
+        v.names = ctx.names;
         v.chain = chain;
         v.num_experts = s.num_experts;
         v.local_experts = ctx.local_experts;
@@ -111,15 +112,13 @@ struct View {
         v.counts_vectors = h.counts.lines * kVectorsPerLine;
         v.counts_stride = h.counts.stride;
 
-        v.num_granules = s.hidden / 4;
-        v.combine_vectors = h.combine_lines * kVectorsPerLine;
+        const SumLayout sum = SumLayout::make(s, Wire::kBf16);
+        v.sums = sum.units;
+        v.sum_lines = sum.data_lines;
+        v.fp8_sum_bytes = SumLayout::make(s, Wire::kFp8).bytes;
         v.combine_stride = h.combine_stride;
-        v.parts = static_cast<int32_t>(ceil_div(v.combine_vectors, kThreads));
-        v.part_vectors = static_cast<int32_t>(ceil_div(h.combine_lines, v.parts)) * kVectorsPerLine;
-        v.by_parts = FastDiv::by(static_cast<uint32_t>(v.parts));
-        v.by_slot_items = FastDiv::by(static_cast<uint32_t>(v.parts * s.num_ranks));
-        const int others = s.num_ranks > 1 ? s.num_ranks - 1 : 1;
-        v.by_remote_items = FastDiv::by(static_cast<uint32_t>(v.parts * others));
+        v.by_sums = FastDiv::by(static_cast<uint32_t>(v.sums));
+        v.by_others = FastDiv::by(static_cast<uint32_t>(s.num_ranks > 1 ? s.num_ranks - 1 : 1));
 
         v.counts_in = ctx.counts_at(ctx.rank, chain, 0, 0);
         v.ready_in = ctx.ready_at(ctx.rank, chain, 0, 0);
@@ -128,6 +127,7 @@ struct View {
         v.combine_in = ctx.combine_at(ctx.rank, chain, 0, 0, 0);
         v.state = ctx.state(chain);
         v.stats = ctx.stats(chain);
+        v.mask = ctx.mask();
         v.budget_ns = ctx.budget_ns();
         v.fault_claim = ctx.fault_claim();
         v.dropped_entries = ctx.dropped_entries();

@@ -7,6 +7,7 @@
 // every wait at its first check (begin.cuh says why they do not stop sooner).
 #pragma once
 
+#include "cuda/masks.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/view.h"
 
@@ -19,15 +20,21 @@ __device__ __forceinline__ uint64_t* abort_word(const View& view, int r) {
 }
 
 // A receive moves its chain's counter on, which is safe once every CTA of the kernel has read it:
-// each says so, after a barrier of the CTA behind the read, and one warp of CTA 0 waits for all. It
-// need not wait long: the CTAs are resident together, and this comes after the wait for peers.
+// each says so, after a barrier of the CTA behind the read, and one warp waits for all. It
+// need not wait long: the CTAs are resident together, and this comes after the wait for peers. (An
+// operation that gave up leaves its readers counted until reset(): hence "at least".)
 __device__ __forceinline__ void report_epoch_read(uint32_t& readers) { atomicAdd(&readers, 1u); }
 
-__device__ __forceinline__ void advance(uint64_t& counter, uint32_t& readers, uint64_t epoch) {
+// One warp: have all CTAs read the epoch?
+__device__ __forceinline__ bool all_have_read(uint32_t& readers) {
     const bool first = (threadIdx.x & 31) == 0;
-    while (__any_sync(kFullWarp, first && atomicAdd(&readers, 0u) != gridDim.x)) {
-    }
-    if (!first) return;
+    return !__any_sync(kFullWarp, first && atomicAdd(&readers, 0u) < gridDim.x);
+}
+// The same warp. `have_read`: an earlier look, so that another need not lie on the way.
+__device__ __forceinline__ void advance(uint64_t& counter, uint32_t& readers, uint64_t epoch,
+                                        bool have_read) {
+    while (!have_read) have_read = all_have_read(readers);
+    if ((threadIdx.x & 31) != 0) return;
     readers = 0;
     counter = epoch;
 }
@@ -70,8 +77,9 @@ __device__ __noinline__ inline void record_routing(const View& view, int dropped
 }
 
 __device__ __noinline__ inline void abort_group(const View& view, FaultCode code, int peer) {
-    const uint64_t word = pack_abort(code, view.rank, peer);
+    const uint64_t word = pack_abort(code, view.names.of(view.rank), view.names.of(peer));
     for (int r = 0; r < view.num_ranks; ++r) {
+        if (r != view.rank && is_masked(view, r)) continue;
         // The first cause stays.
         atomicCAS_system(reinterpret_cast<unsigned long long*>(abort_word(view, r)), 0ull,
                          static_cast<unsigned long long>(word));
@@ -83,8 +91,8 @@ __device__ __noinline__ inline void fail(const View& view, FaultCode code, Op op
     record_fault(view, Fault{.code = static_cast<uint32_t>(code),
                              .op = static_cast<uint32_t>(op),
                              .chain = view.chain,
-                             .rank = view.rank,
-                             .peer = peer,
+                             .rank = view.names.of(view.rank),
+                             .peer = view.names.of(peer),
                              .count = 0,
                              .expected = expected,
                              .seen = seen});
@@ -93,7 +101,7 @@ __device__ __noinline__ inline void fail(const View& view, FaultCode code, Op op
 
 // Somebody else gave up: who, and on whom.
 __device__ __noinline__ inline void record_abort(const View& view, Op op, uint64_t word) {
-    if (abort_rank(word) == view.rank) return;
+    if (abort_rank(word) == view.names.of(view.rank)) return;
     record_fault(view, Fault{.code = static_cast<uint32_t>(FaultCode::kAborted),
                              .op = static_cast<uint32_t>(op),
                              .chain = view.chain,
@@ -102,6 +110,18 @@ __device__ __noinline__ inline void record_abort(const View& view, Op op, uint64
                              .count = 0,
                              .expected = 0,
                              .seen = static_cast<uint64_t>(abort_code(word))});
+}
+
+// What this rank's abort word means: false if a rank gave up that is masked here. Its word is taken
+// back, so that another may come.
+__device__ __noinline__ inline bool heed_abort(const View& view, Op op, uint64_t word) {
+    if (!is_masked(view, abort_rank(word))) {
+        record_abort(view, op, word);
+        return true;
+    }
+    atomicCAS_system(reinterpret_cast<unsigned long long*>(abort_word(view, view.rank)),
+                     static_cast<unsigned long long>(word), 0ull);
+    return false;
 }
 
 // One warp's patience: ends a wait that found the group aborted, a tag from the future, or no time
@@ -138,8 +158,8 @@ __device__ __noinline__ inline uint64_t still_patient(const View& view, Op op, M
     const uint64_t word =
         __shfl_sync(kFullWarp, ptx::load_relaxed_sys(abort_word(view, view.rank)), 0);
     if (word == 0) return deadline;
-    if (lane == 0) record_abort(view, op, word);
-    return 0;
+    const bool stops = __shfl_sync(kFullWarp, lane == 0 && heed_abort(view, op, word), 0);
+    return stops ? 0 : deadline;
 }
 
 struct Watch {

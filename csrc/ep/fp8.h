@@ -45,6 +45,18 @@ EP_HD Fp8Scale fp8_scale(float amax, bool round_scale) {
 }
 EP_HD uint32_t ue8m0(uint32_t scale_bits) { return (scale_bits >> 23) & 0xffu; }
 
+// Of a combine's sums: small enough for every row that matters, large enough that 448 / it is
+// finite.
+inline constexpr float kMinSumAmax = 1e-30f;
+
+EP_HD float fp8_to_float(uint8_t code) {
+    const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24;
+    const uint32_t magnitude = code & 0x7fu;
+    if (magnitude == 0x7fu) return bits_to_float(sign | 0x7fc00000u);
+    // Exponents of e4m3 are biased by 7, of float32 by 127: 2^120 makes up for it, exactly.
+    return bits_to_float(sign | magnitude << 20) * 1.329227995784916e36f;
+}
+
 // Saturating, nearest even. Subnormals of e4m3 are multiples of 2^-9.
 inline uint8_t float_to_fp8(float f) {
     const uint32_t u = float_to_bits(f);

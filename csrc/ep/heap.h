@@ -15,7 +15,9 @@ struct Context {
     FastDiv by_local_experts;
     FastDiv by_topk;
     int32_t rank;
+    Names names;
     FaultBoard* faults;
+    bool knows_no_mask;  // of normal operations, whose local memory is another (ep/normal.h)
     uint8_t* local;
     uint8_t* heap[kMaxRanks];  // by rank; heap[rank] is this rank's own
 
@@ -50,6 +52,9 @@ struct Context {
 
     EP_HD const uint64_t* budget_ns() const {
         return reinterpret_cast<const uint64_t*>(local + LocalLayout::kBudgetOffset);
+    }
+    EP_HD RankMask* mask() const {
+        return reinterpret_cast<RankMask*>(local + LocalLayout::kMaskOffset);
     }
     EP_HD uint32_t* fault_claim() const {
         return reinterpret_cast<uint32_t*>(local + LocalLayout::kClaimOffset);
@@ -121,8 +126,10 @@ struct RecvTarget {
     Routing routing;
 };
 
-// The rows a combine sends home, BF16, as the receive laid them out.
+// The rows a combine sends home, BF16, as the receive laid them out. `wire`: how their sums travel,
+// the same in the input and the output.
 struct CombineInput {
+    Wire wire = Wire::kBf16;
     const uint16_t* y;
     int64_t row_stride;  // elements
     bool late_weights;   // the dispatch had none: `weights` go ahead of the rows
@@ -132,6 +139,7 @@ struct CombineInput {
 };
 
 struct CombineOutput {
+    Wire wire = Wire::kBf16;
     uint16_t* out;  // [T, H]
     int32_t num_tokens;
     const int32_t* num_valid;  // device scalar; nullptr: all rows are real

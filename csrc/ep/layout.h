@@ -8,15 +8,27 @@
 
 namespace ep {
 
-// A message travels as 128-byte lines. The last 8 bytes of a line are its tag; the other 120 are
-// payload.
+// On CUDA everything travels as 128-byte lines. The last 8 bytes of a line are its tag; the other
+// 120, granules of 8 bytes, are payload.
 inline constexpr int kLineBytes = 128;
 inline constexpr int kLinePayload = 120;
 inline constexpr int kTagOffset = 120;
+inline constexpr int kGranulesPerLine = 15;
 
 EP_HD constexpr int lines_for(int64_t payload_bytes) {
     return static_cast<int>(ceil_div(payload_bytes, kLinePayload));
 }
+
+// Rows of a combine travel in units, one warp each. A unit's data lines hold 128 bytes of the row
+// each, but for the 8 that the tag displaces; these follow in one more line.
+// FP8: seven data lines; the last line also has a scale for each.
+inline constexpr int kUnitDataLines = 7;
+inline constexpr int kUnitBytes = kUnitDataLines * kLineBytes;
+inline constexpr int kUnitLines = kUnitDataLines + 1;
+// BF16: fourteen.
+inline constexpr int kSumDataLines = 2 * kUnitDataLines;
+inline constexpr int kSumBytes = kSumDataLines * kLineBytes;
+inline constexpr int kSumLines = kSumDataLines + 1;
 
 // One of a token's K choices, as the sender describes it to every receiver.
 struct Entry {
@@ -53,20 +65,50 @@ struct MessageLayout {
     }
 };
 
-// What a source announces to one receiver before its rows: messages, then rows per local expert.
+// What a source announces to one receiver before its rows, 4 bytes a word: messages, the digest of
+// its mask, then rows for each of the receiver's experts.
 struct CountsLayout {
-    int32_t words;  // uint32: [0] messages, [1] zero, [2 + x] rows for local expert x
+    int32_t words;
     int32_t bytes;
     int32_t lines;
     int32_t stride;
 
+    static constexpr int kMessages = 0;
+    static constexpr int kMask = 1;
+    static constexpr int kRows = 2;
+
     static EP_HD CountsLayout make(const Shape& s) {
         CountsLayout c{};
-        c.words = static_cast<int32_t>(round_up(2 + s.num_local_experts(), 2));
+        c.words = static_cast<int32_t>(round_up(kRows + s.num_local_experts(), 2));
         c.bytes = c.words * static_cast<int>(sizeof(uint32_t));
         c.lines = lines_for(c.bytes);
         c.stride = c.lines * kLineBytes;
         return c;
+    }
+};
+
+// A rank's sum for one token on its way home. BF16: [H]. FP8: values [H], then a float32 scale per
+// 128 channels: so on the host. On CUDA rows are cut into units; a line of FP8 is 128 channels.
+struct SumLayout {
+    int32_t bytes;  // payload
+    int32_t data_lines;
+    int32_t units;
+    int32_t lines;  // on CUDA
+
+    static EP_HD SumLayout make(const Shape& s, Wire wire) {
+        SumLayout l{};
+        if (wire == Wire::kFp8) {
+            l.bytes = s.hidden + s.hidden / kScaleGroup * static_cast<int>(sizeof(float));
+            l.data_lines = s.hidden / kScaleGroup;
+            l.units = static_cast<int>(ceil_div(l.data_lines, kUnitDataLines));
+            l.lines = l.units * kUnitLines;
+        } else {
+            l.bytes = 2 * s.hidden;
+            l.data_lines = static_cast<int>(ceil_div(l.bytes, kLineBytes));
+            l.units = static_cast<int>(ceil_div(l.data_lines, kSumDataLines));
+            l.lines = l.data_lines + l.units;
+        }
+        return l;
     }
 };
 
@@ -94,7 +136,7 @@ struct HeapLayout {
         HeapLayout h{};
         h.message_stride = MessageLayout::make(s, s.wire).lines * kLineBytes;
         h.counts = CountsLayout::make(s);
-        h.combine_lines = lines_for(2 * static_cast<int64_t>(s.hidden));
+        h.combine_lines = combine_lines_for(s);
         h.combine_stride = h.combine_lines * kLineBytes;
         h.weights_stride = lines_for(4LL * s.max_tokens * s.topk) * kLineBytes;
         h.counts_offset = 0;
@@ -107,6 +149,12 @@ struct HeapLayout {
         return h;
     }
 
+    // The most that a combine may choose.
+    static EP_HD int combine_lines_for(const Shape& s) {
+        const int short_lines = SumLayout::make(s, Wire::kFp8).lines;
+        const int lines = SumLayout::make(s, s.combine).lines;
+        return lines > short_lines ? lines : short_lines;
+    }
     EP_HD int64_t chain(int c) const { return kChainsOffset + c * chain_bytes; }
     EP_HD int64_t counts_slot(const Shape& s, int c, uint64_t epoch, int source) const {
         const int64_t index = static_cast<int64_t>(epoch & 1) * s.num_ranks + source;
@@ -181,10 +229,13 @@ struct LocalLayout {
     int64_t chain_bytes;
     int64_t bytes;
 
-    static constexpr int64_t kBudgetOffset = 0;  // uint64 nanoseconds; survives reset()
+    // Survive reset():
+    static constexpr int64_t kBudgetOffset = 0;  // uint64 nanoseconds
+    static constexpr int64_t kMaskOffset = 16;   // RankMask
+    // and what does not begins here:
     static constexpr int64_t kClaimOffset =
-        8;   // uint32: the first fatal fault on a device takes it
-    static constexpr int64_t kDroppedOffset = 12;  // uint32: routing entries dropped since reset()
+        32;  // uint32: the first fatal fault on a device takes it
+    static constexpr int64_t kDroppedOffset = 36;  // uint32: routing entries dropped since reset()
     static constexpr int64_t kChainsOffset = 256;
 
     static EP_HD LocalLayout make(const Shape& s) {

@@ -15,10 +15,18 @@
 namespace ep::normal {
 
 inline constexpr int kLine = 128;
-inline constexpr int kNumChunks = 512;  // of a combine's rows from one rank to one source
+inline constexpr int kNumChunks = 2048;  // of a combine's rows from one rank to one source
 inline constexpr int kMaxRowBytes = 2 * kMaxHidden;
 inline constexpr int kRowMultiple = 16;  // bytes: rows are moved as 16-byte vectors
 inline constexpr int kMaxTokensPerRank = 1 << 20;
+
+// A rank's dispatch is done when its parts, which need not know of each other, have added up to one
+// unit: part i of n adds its share.
+inline constexpr uint64_t kDoneUnit = uint64_t{1} << 32;
+EP_HD uint64_t done_word(uint64_t epoch) { return epoch * kDoneUnit; }
+EP_HD uint64_t done_share(uint64_t i, uint64_t n) {
+    return kDoneUnit * (i + 1) / n - kDoneUnit * i / n;
+}
 
 // What the owner of a block or an inbox tells every rank, at the start of its own operation.
 // `epoch` is written last: who finds it may write there.
@@ -38,18 +46,20 @@ struct ControlLayout {
     int64_t notify_offset;  // [2 slots][R]: int32 tokens to each rank [R], then rows per expert [L]
     int64_t dispatch_credit_offset;  // [R] lines: Credit
     int64_t combine_credit_offset;  // [R] lines: Credit
-    int64_t done_offset;  // [R] lines: epoch; every row of the source's dispatch is there
+    int64_t
+        done_offset;  // [R] lines: done_word(epoch); all rows of the source's dispatch are there
     int64_t
         chunk_offset;  // [R][kNumChunks] uint64: epoch; the chunk's rows are there. Host: chunk 0
     int64_t bytes;
     static constexpr int64_t kAbortOffset = HeapLayout::kAbortOffset;
 
-    static EP_HD ControlLayout make(int num_ranks, int max_experts) {
+    // start: where the words lie; of a part of a group, behind those of the parts before it.
+    static EP_HD ControlLayout make(int num_ranks, int max_experts, int64_t start = kLine) {
         ControlLayout c{};
         c.num_ranks = num_ranks;
         c.max_local_experts = static_cast<int32_t>(ceil_div(max_experts, num_ranks));
         c.notify_stride = ceil_div(4LL * (num_ranks + c.max_local_experts), 120) * kLine;
-        c.notify_offset = kLine;
+        c.notify_offset = start;
         c.dispatch_credit_offset = c.notify_offset + 2 * num_ranks * c.notify_stride;
         c.combine_credit_offset = c.dispatch_credit_offset + num_ranks * kLine;
         c.done_offset = c.combine_credit_offset + num_ranks * kLine;
@@ -123,7 +133,18 @@ struct State {
     uint64_t combined;
     uint32_t fault_claim;
     uint32_t dropped_entries;  // of topk_idx, out of range; counted for the routing record
-    uint32_t tickets[6];  // of CTAs; each kernel leaves its own at zero
+    uint32_t tickets[6];  // of CTAs and of work; each kernel leaves its own at zero
+    // Of a layout in the making; left at zero.
+    uint32_t tokens_per_rank[kMaxRanks];
+    uint32_t tokens_per_expert[kMaxExperts];
+};
+
+// One of the groups that a rank takes part in (ep/nodes.h). They share the abort word, the fault
+// board and its claim, and nothing else: whoever fails in one of them works in none any more.
+struct Part {
+    int32_t index = 0;  // of its State behind the first part's
+    int64_t control_start = kLine;
+    Names names{};
 };
 
 }  // namespace ep::normal

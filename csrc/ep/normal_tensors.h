@@ -35,6 +35,8 @@ struct NormalRows {
     int64_t scale_stride_group;
     int32_t num_scales;
     int32_t num_tokens;
+    const int32_t* source_token =
+        nullptr;  // [T] what a row is called at its destination; nullptr: its index
 };
 
 // What notify made: int32 [R, R] and int32 [T, R].
@@ -54,6 +56,10 @@ struct NormalCombine {
     int64_t inbox_offset;
     uint16_t* out;
     float* out_weights;  // [T, K], or nullptr: no weights come home
+    // [N] the rows of x, and of topk_weights, by source rank, then token; nullptr: so they lie.
+    const int32_t* order = nullptr;
+
+    EP_HD int64_t row(int64_t index) const { return order == nullptr ? index : order[index]; }
 };
 
 }  // namespace ep

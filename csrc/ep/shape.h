@@ -29,6 +29,7 @@ struct Shape {
     Wire wire;  // the widest that an operation may choose: it decides the size of a slot
     int32_t opaque_row_bytes;  // kOpaque alone
     int32_t opaque_scales;     // 4-byte words that come with each row
+    Wire combine = Wire::kBf16;  // of the rows of combines, as `wire` of those of dispatches
 
     EP_HD int num_local_experts() const { return num_experts / num_ranks; }
     EP_HD int owner_of(int expert) const { return expert / num_local_experts(); }
@@ -47,6 +48,9 @@ struct Shape {
     EP_HD bool allows(Wire w) const {
         return w == wire || (wire == Wire::kBf16 && w == Wire::kFp8);
     }
+    EP_HD bool allows_combine(Wire w) const {
+        return w == combine || (combine == Wire::kBf16 && w == Wire::kFp8);
+    }
 };
 
 // Returns nullptr if the shape is usable, else what is wrong with it.
@@ -61,6 +65,7 @@ inline const char* invalid_reason(const Shape& s) {
     if (s.num_chains < 1 || s.num_chains > kMaxChains) return "num_chains out of range";
     if (s.wire != Wire::kBf16 && s.wire != Wire::kFp8 && s.wire != Wire::kOpaque)
         return "unknown wire format";
+    if (s.combine != Wire::kBf16 && s.combine != Wire::kFp8) return "combine is not BF16 or FP8";
     if (s.wire == Wire::kOpaque) {
         if (s.opaque_row_bytes < 16 || s.opaque_row_bytes > 2 * kMaxHidden ||
             s.opaque_row_bytes % 16 != 0)

@@ -25,6 +25,23 @@ struct StepStats {
     uint64_t wait_ns[kMaxRanks];
 };
 
+// Ranks that this one does without: bit r % 64 of word r / 64. Every operation reads it where it
+// reads its epoch. A rank that is masked itself does without everybody, itself included.
+struct alignas(16) RankMask {
+    static constexpr int kWords = 2;
+    uint64_t words[kWords];
+
+    EP_HD static uint64_t bit(int r) { return 1ull << (r & 63); }
+    EP_HD bool any() const { return (words[0] | words[1]) != 0; }
+    EP_HD bool has(int r) const { return (words[r >> 6] & bit(r)) != 0; }
+    // What ranks compare. With up to 32 ranks it is the mask.
+    EP_HD uint32_t digest() const {
+        const uint64_t folded = words[0] ^ (words[1] * 0x9e3779b97f4a7c15ull);
+        return static_cast<uint32_t>(folded) ^ (static_cast<uint32_t>(folded >> 32) * 0x9e3779b1u);
+    }
+};
+static_assert(kMaxRanks <= 64 * RankMask::kWords);
+
 enum class FaultCode : uint32_t {
     kNone = 0,
     kTimeout = 1,   // peer did not arrive within the budget
@@ -32,6 +49,16 @@ enum class FaultCode : uint32_t {
     kDesync = 3,    // a tag from the future: ranks issued different sequences
     kCount = 4,     // a peer announced more than the inbox holds
     kRouting = 5,   // expert out of range, or twice in one token; not fatal
+    kTerms = 6,     // a peer works under other terms: see pack_terms
+};
+
+// What ranks are called in records: of a part of a group (ep/nodes.h), their numbers in the whole
+// group. All zero: a group of its own.
+struct Names {
+    int32_t first;  // of rank 0 of the part
+    int32_t skipped;  // ranks of the whole group between two of the part
+
+    EP_HD int of(int rank) const { return rank < 0 ? rank : first + rank * (1 + skipped); }
 };
 
 enum class Op : uint32_t {
@@ -61,6 +88,12 @@ struct FaultBoard {
     uint32_t claimed;
     uint32_t routing_claimed;
 };
+
+// What ranks must agree on in every operation, as they tell each other: the mask, and how a
+// combine's rows travel.
+EP_HD uint64_t pack_terms(uint32_t mask_digest, Wire combine) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(combine)) << 32 | mask_digest;
+}
 
 // The abort word in a heap: who noticed what about whom. 0: all is well.
 EP_HD uint64_t pack_abort(FaultCode code, int rank, int peer) {

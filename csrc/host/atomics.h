@@ -21,11 +21,15 @@ inline void store_relaxed(uint64_t* word, uint64_t value) {
     __atomic_store_n(word, value, __ATOMIC_RELAXED);
 }
 
+// True if `word` held `expected`.
+template <class T>
+bool replace(T* word, T expected, T value) {
+    return __atomic_compare_exchange_n(word, &expected, value, /*weak=*/false, __ATOMIC_ACQ_REL,
+                                       __ATOMIC_RELAXED);
+}
 template <class T>
 bool replace_zero(T* word, T value) {
-    T zero = 0;
-    return __atomic_compare_exchange_n(word, &zero, value, /*weak=*/false, __ATOMIC_ACQ_REL,
-                                       __ATOMIC_RELAXED);
+    return replace(word, T{0}, value);
 }
 
 // The last 8 bytes of a slot. A stride is lines * 128 for at most lines * 120 bytes of payload, so

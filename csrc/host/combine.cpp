@@ -6,6 +6,7 @@
 #include "host/atomics.h"
 #include "host/faults.h"
 #include "host/host_rank.h"
+#include "host/masks.h"
 #include "host/row_math.h"
 #include "host/waiter.h"
 
@@ -25,29 +26,66 @@ void reduce_message(const Context& context, const RowRef* refs, const CombineInp
     }
 }
 
+// A sum into its slot, as it travels (SumLayout in ep/layout.h).
+void write_sum(const Context& context, Wire wire, const std::vector<float>& sum, uint8_t* slot) {
+    const int hidden = context.shape.hidden;
+    if (wire == Wire::kFp8) {
+        row_math().quantise_sum(sum.data(), hidden, slot, reinterpret_cast<float*>(slot + hidden));
+    } else {
+        row_math().round(sum.data(), hidden, reinterpret_cast<uint16_t*>(slot));
+    }
+}
+
+void add_sum(const Context& context, Wire wire, const uint8_t* slot, std::vector<float>* sum) {
+    const int hidden = context.shape.hidden;
+    if (wire == Wire::kFp8) {
+        const auto* scales = reinterpret_cast<const float*>(slot + hidden);
+        row_math().add_fp8(slot, scales, hidden, sum->data());
+    } else {
+        row_math().add(reinterpret_cast<const uint16_t*>(slot), hidden, sum->data());
+    }
+}
+
 // Every rank's table of weights, for every rank; then the word that says that this one is in the
 // combine, and has finished its last but one.
-void announce(const Context& context, int chain, const CombineInput& in, uint64_t epoch) {
+void announce(const Context& context, const Masks& masks, int chain, const CombineInput& in,
+              uint64_t epoch) {
     for (int d = 0; d < context.shape.num_ranks; ++d) {
+        if (masks.has(d)) continue;
         if (in.late_weights) {
             uint8_t* slot = context.weights_at(d, chain, context.rank);
             const size_t count = static_cast<size_t>(in.num_tokens) * context.shape.topk;
             if (count > 0) std::memcpy(slot, in.weights, sizeof(float) * count);
             store_release(tag_of(slot, context.layout.weights_stride), epoch);
         }
-        store_release(tag_of(context.ready_at(d, chain, epoch, context.rank), kLineBytes), epoch);
+        uint8_t* ready = context.ready_at(d, chain, epoch, context.rank);
+        const uint64_t terms = pack_terms(masks.digest(), in.wire);
+        std::memcpy(ready, &terms, sizeof(terms));
+        store_release(tag_of(ready, kLineBytes), epoch);
     }
 }
 
+// Waits for rank r's word that it is in this combine, under the same terms.
+bool await_ready(const Context& context, Where where, const Masks& masks, Wire wire, uint64_t epoch,
+                 int r, Waiter* waiter) {
+    const uint8_t* line = context.ready_at(context.rank, where.chain, epoch, r);
+    if (!waiter->wait(tag_of(line, kLineBytes), r)) return false;
+    const uint64_t ours = pack_terms(masks.digest(), wire);
+    uint64_t theirs = 0;
+    std::memcpy(&theirs, line, sizeof(theirs));
+    if (theirs != ours) fail(context, where, FaultCode::kTerms, r, ours, theirs);
+    return theirs == ours;
+}
+
 // The sum of what the ranks sent back for one token, in rank order. False: a wait failed.
-bool reduce_token(const Context& context, int chain, uint64_t epoch, const int32_t* slots,
-                  Waiter* waiter, std::vector<float>* sum) {
+bool reduce_token(const Context& context, const Masks& masks, Wire wire, int chain, uint64_t epoch,
+                  const int32_t* slots, Waiter* waiter, std::vector<float>* sum) {
     sum->assign(context.shape.hidden, 0.0f);
     for (int d = 0; d < context.shape.num_ranks; ++d) {
-        if (slots[d] < 0) continue;
+        if (slots[d] < 0 || masks.has(d)) continue;
         uint8_t* slot = context.combine_at(context.rank, chain, epoch, d, slots[d]);
         if (!waiter->wait(tag_of(slot, context.layout.combine_stride), d)) return false;
-        row_math().add(reinterpret_cast<const uint16_t*>(slot), context.shape.hidden, sum->data());
+        add_sum(context, wire, slot, sum);
     }
     return true;
 }
@@ -57,6 +95,7 @@ bool reduce_token(const Context& context, int chain, uint64_t epoch, const int32
 void HostRank::combine_send(int chain, const CombineInput& in) {
     require_chain(chain);
     require_tokens(in.num_tokens);
+    require_combine(in.wire);
     if (in.y == nullptr) throw std::invalid_argument("y must not be null");
     if (in.row_stride < 0) throw std::invalid_argument("y_stride must not be negative");
     if (in.late_weights && in.weights == nullptr && in.num_tokens > 0) {
@@ -65,14 +104,15 @@ void HostRank::combine_send(int chain, const CombineInput& in) {
     const Where where{Op::kCombine, chain};
     if (!may_run(context_, where)) return;
     const uint64_t epoch = read_state(chain).combined + 1;
-    announce(context_, chain, in, epoch);
+    const Masks masks(context_);
+    announce(context_, masks, chain, in, epoch);
 
     const Shape& shape = context_.shape;
     Waiter waiter(context_, where, epoch);
     std::vector<float> sum;
     uint64_t messages = 0;
     for (int source = 0; source < shape.num_ranks; ++source) {
-        const int32_t received = in.routing.received[source];
+        const int32_t received = masks.has(source) ? 0 : in.routing.received[source];
         uint8_t* table = context_.weights_at(context_.rank, chain, source);
         if (in.late_weights && received > 0 &&
             !waiter.wait(tag_of(table, context_.layout.weights_stride), source)) {
@@ -87,17 +127,19 @@ void HostRank::combine_send(int chain, const CombineInput& in) {
             }
             reduce_message(context_, in.routing.refs + index * shape.topk, in, late, &sum);
             uint8_t* slot = context_.combine_at(source, chain, epoch, context_.rank, i);
-            row_math().round(sum.data(), shape.hidden, reinterpret_cast<uint16_t*>(slot));
+            write_sum(context_, in.wire, sum, slot);
             store_release(tag_of(slot, context_.layout.combine_stride), epoch);
         }
         messages += static_cast<uint64_t>(received);
     }
-    context_.stats(chain)->bytes_combined += messages * sizeof(uint16_t) * shape.hidden;
+    context_.stats(chain)->bytes_combined +=
+        messages * static_cast<uint64_t>(SumLayout::make(shape, in.wire).bytes);
 }
 
 void HostRank::combine_recv(int chain, const CombineOutput& out) {
     require_chain(chain);
     require_tokens(out.num_tokens);
+    require_combine(out.wire);
     if (out.num_tokens > 0 && out.out == nullptr) {
         throw std::invalid_argument("out must not be null");
     }
@@ -109,9 +151,10 @@ void HostRank::combine_recv(int chain, const CombineOutput& out) {
     const int64_t hidden = shape.hidden;
     const int32_t valid = valid_tokens(out.num_tokens, out.num_valid);
     Waiter waiter(context_, where, epoch);
+    const Masks masks(context_);
     for (int r = 0; r < shape.num_ranks; ++r) {
-        const uint8_t* line = context_.ready_at(context_.rank, chain, epoch, r);
-        const bool ready = waiter.wait(tag_of(line, kLineBytes), r);
+        if (masks.has(r)) continue;
+        const bool ready = await_ready(context_, where, masks, out.wire, epoch, r, &waiter);
         const uint64_t blocked_ns = waiter.take_blocked_ns();
         if (out.wait_ns != nullptr) out.wait_ns[r] += blocked_ns;
         if (!ready) return;
@@ -119,7 +162,7 @@ void HostRank::combine_recv(int chain, const CombineOutput& out) {
     std::vector<float> sum;
     for (int token = 0; token < valid; ++token) {
         const int32_t* slots = out.routing.sent + int64_t{token} * shape.num_ranks;
-        if (!reduce_token(context_, chain, epoch, slots, &waiter, &sum)) return;
+        if (!reduce_token(context_, masks, out.wire, chain, epoch, slots, &waiter, &sum)) return;
         row_math().round(sum.data(), shape.hidden, out.out + token * hidden);
     }
     if (valid < out.num_tokens) {

@@ -7,6 +7,7 @@
 #include "host/atomics.h"
 #include "host/faults.h"
 #include "host/host_rank.h"
+#include "host/masks.h"
 #include "host/waiter.h"
 
 namespace ep::host {
@@ -39,6 +40,7 @@ class Receive {
           target_(target),
           epoch_(epoch),
           where_{Op::kDispatch, chain},
+          masks_(context),
           waiter_(context, where_, epoch),
           layout_(MessageLayout::make(context.shape, target.wire)),
           local_experts_(context.shape.num_local_experts()),
@@ -61,15 +63,24 @@ class Receive {
     }
 
   private:
-    uint32_t num_messages(int source) const { return counts_[source * words_]; }
-    uint32_t num_rows(int source, int x) const { return counts_[source * words_ + 2 + x]; }
+    uint32_t num_messages(int source) const {
+        return counts_[source * words_ + CountsLayout::kMessages];
+    }
+    uint32_t num_rows(int source, int x) const {
+        return counts_[source * words_ + CountsLayout::kRows + x];
+    }
 
     bool bad_count(int source, uint64_t limit, uint64_t seen) {
         fail(context_, where_, FaultCode::kCount, source, limit, seen);
         return false;
     }
 
+    // A masked source sends nothing: its counts stay zero.
     bool read_counts(int source) {
+        if (masks_.has(source)) {
+            context_.stats(chain_)->wait_ns[source] = 0;
+            return true;
+        }
         const CountsLayout& layout = context_.layout.counts;
         uint8_t* slot = context_.counts_at(context_.rank, chain_, epoch_, source);
         const bool arrived = waiter_.wait(tag_of(slot, layout.stride), source);
@@ -79,6 +90,12 @@ class Receive {
         if (!arrived) return false;
         std::memcpy(counts_.data() + source * words_, slot, layout.bytes);
 
+        const uint32_t digest = counts_[source * words_ + CountsLayout::kMask];
+        if (digest != masks_.digest()) {
+            fail(context_, where_, FaultCode::kTerms, source,
+                 pack_terms(masks_.digest(), Wire::kBf16), pack_terms(digest, Wire::kBf16));
+            return false;
+        }
         const Shape& shape = context_.shape;
         const uint64_t messages = num_messages(source);
         if (messages > static_cast<uint64_t>(shape.max_tokens)) {
@@ -247,6 +264,7 @@ class Receive {
     const RecvTarget& target_;
     uint64_t epoch_;
     Where where_;
+    Masks masks_;
     Waiter waiter_;
     MessageLayout layout_;
     int local_experts_;

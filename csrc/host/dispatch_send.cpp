@@ -6,6 +6,7 @@
 #include "host/atomics.h"
 #include "host/faults.h"
 #include "host/host_rank.h"
+#include "host/masks.h"
 #include "host/row_math.h"
 
 namespace ep::host {
@@ -29,8 +30,8 @@ int32_t* slots_of(const Context& context, const SendInput& input, int token) {
     return input.routing.sent + static_cast<int64_t>(token) * context.shape.num_ranks;
 }
 
-void route_token(const Context& context, const SendInput& input, int token, int32_t* slots,
-                 Choices* routing) {
+void route_token(const Context& context, const Masks& masks, const SendInput& input, int token,
+                 int32_t* slots, Choices* routing) {
     const Shape& shape = context.shape;
     Entry* entries = routing->entries.data() + static_cast<int64_t>(token) * shape.topk;
     for (int k = 0; k < shape.topk; ++k) {
@@ -42,6 +43,7 @@ void route_token(const Context& context, const SendInput& input, int token, int3
         entries[k] = {-1, 0, weight};
         if (expert == -1) continue;
         bool valid = expert >= 0 && expert < shape.num_experts;
+        if (valid && masks.has(shape.owner_of(expert))) continue;
         for (int earlier = 0; valid && earlier < k; ++earlier) {
             valid = entries[earlier].expert != expert;
         }
@@ -57,7 +59,8 @@ void route_token(const Context& context, const SendInput& input, int token, int3
 }
 
 // Also fills the handle's slots, which its combines read.
-Choices route(const Context& context, const SendInput& input, int32_t num_valid) {
+Choices route(const Context& context, const Masks& masks, const SendInput& input,
+              int32_t num_valid) {
     const Shape& shape = context.shape;
     Choices routing;
     routing.entries.resize(static_cast<size_t>(num_valid) * shape.topk);
@@ -66,20 +69,23 @@ Choices route(const Context& context, const SendInput& input, int32_t num_valid)
     for (int token = 0; token < input.num_tokens; ++token) {
         int32_t* slots = slots_of(context, input, token);
         for (int d = 0; d < shape.num_ranks; ++d) slots[d] = -1;
-        if (token < num_valid) route_token(context, input, token, slots, &routing);
+        if (token < num_valid) route_token(context, masks, input, token, slots, &routing);
     }
     return routing;
 }
 
-void send_counts(const Context& context, int chain, uint64_t epoch, const Choices& routing) {
+void send_counts(const Context& context, const Masks& masks, int chain, uint64_t epoch,
+                 const Choices& routing) {
     const Shape& shape = context.shape;
     const CountsLayout& layout = context.layout.counts;
     const int local_experts = shape.num_local_experts();
     std::vector<uint32_t> words(layout.words);
+    words[CountsLayout::kMask] = masks.digest();
     for (int d = 0; d < shape.num_ranks; ++d) {
-        words[0] = routing.num_messages[d];
+        if (masks.has(d)) continue;
+        words[CountsLayout::kMessages] = routing.num_messages[d];
         for (int x = 0; x < local_experts; ++x) {
-            words[2 + x] = routing.num_rows[d * local_experts + x];
+            words[CountsLayout::kRows + x] = routing.num_rows[d * local_experts + x];
         }
         uint8_t* slot = context.counts_at(d, chain, epoch, context.rank);
         std::memcpy(slot, words.data(), layout.bytes);
@@ -153,11 +159,12 @@ void HostRank::dispatch_send(int chain, const SendInput& input) {
     if (!may_run(context_, where)) return;
     const uint64_t epoch = read_state(chain).dispatched + 1;
     const int32_t num_valid = valid_tokens(input.num_tokens, input.num_valid);
-    const Choices routing = route(context_, input, num_valid);
+    const Masks masks(context_);
+    const Choices routing = route(context_, masks, input, num_valid);
     if (routing.dropped > 0) {
         record_routing(context_, where, routing.dropped, routing.first_dropped);
     }
-    send_counts(context_, chain, epoch, routing);
+    send_counts(context_, masks, chain, epoch, routing);
     send_rows(context_, chain, epoch, input, num_valid, routing);
 
     uint64_t messages = 0;

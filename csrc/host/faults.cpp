@@ -1,6 +1,7 @@
 #include "host/faults.h"
 
 #include "host/atomics.h"
+#include "host/masks.h"
 
 namespace ep::host {
 namespace {
@@ -38,9 +39,12 @@ Fault make_fault(Where where, FaultCode code, int rank, int peer, uint64_t expec
 
 void fail(const Context& context, Where where, FaultCode code, int peer, uint64_t expected,
           uint64_t seen) {
-    record_fatal(context, make_fault(where, code, context.rank, peer, expected, seen));
-    const uint64_t word = pack_abort(code, context.rank, peer);
+    const int me = context.names.of(context.rank), other = context.names.of(peer);
+    record_fatal(context, make_fault(where, code, me, other, expected, seen));
+    const uint64_t word = pack_abort(code, me, other);
+    const Masks masks(context);
     for (int r = 0; r < context.shape.num_ranks; ++r) {
+        if (masks.has(r) && r != context.rank) continue;
         replace_zero(context.abort_word(r), word);  // the first cause stays
     }
 }
@@ -48,6 +52,10 @@ void fail(const Context& context, Where where, FaultCode code, int peer, uint64_
 bool may_run(const Context& context, Where where) {
     const uint64_t word = load_relaxed(context.abort_word(context.rank));
     if (word == 0) return true;
+    if (Masks(context).has(abort_rank(word))) {  // not one of us: the next cause may come
+        replace(context.abort_word(context.rank), word, uint64_t{0});
+        return true;
+    }
     record_fatal(context, make_fault(where, FaultCode::kAborted, abort_rank(word), abort_peer(word),
                                      /*expected=*/0, word >> 32));
     return false;

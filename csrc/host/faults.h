@@ -18,7 +18,8 @@ struct Where {
 void fail(const Context& context, Where where, FaultCode code, int peer, uint64_t expected,
           uint64_t seen);
 
-// True if this rank may go on. Otherwise records whose abort stopped it.
+// True if this rank may go on: nobody gave up but ranks that are masked here. Otherwise records
+// whose abort stopped it.
 bool may_run(const Context& context, Where where);
 
 // Adds `dropped` entries to the routing record. `first` is the first bad expert number.

@@ -50,6 +50,32 @@ void HostRank::set_time_budget(uint64_t nanoseconds) {
                   nanoseconds);
 }
 
+void HostRank::set_rank_mask(int rank, bool masked) {
+    if (rank < 0 || rank >= context_.shape.num_ranks) {
+        reject("rank " + std::to_string(rank) + " is not in 0.." +
+               std::to_string(context_.shape.num_ranks - 1));
+    }
+    uint64_t* word = &context_.mask()->words[rank >> 6];
+    const uint64_t bit = RankMask::bit(rank);
+    if (masked) {
+        __atomic_fetch_or(word, bit, __ATOMIC_RELAXED);
+    } else {
+        __atomic_fetch_and(word, ~bit, __ATOMIC_RELAXED);
+    }
+}
+
+void HostRank::clear_rank_mask() {
+    for (uint64_t& word : context_.mask()->words) store_relaxed(&word, 0);
+}
+
+RankMask HostRank::read_rank_mask() const {
+    RankMask mask{};
+    for (int i = 0; i < RankMask::kWords; ++i) {
+        mask.words[i] = load_relaxed(&context_.mask()->words[i]);
+    }
+    return mask;
+}
+
 StepStats HostRank::read_stats(int chain) const {
     require_chain(chain);
     return *context_.stats(chain);
@@ -63,9 +89,8 @@ ChainState HostRank::read_state(int chain) const {
 
 void HostRank::reset() {
     std::memset(context_.heap[context_.rank], 0, static_cast<size_t>(context_.layout.bytes));
-    constexpr int64_t kAfterBudget = LocalLayout::kBudgetOffset + sizeof(uint64_t);
-    std::memset(context_.local + kAfterBudget, 0,
-                static_cast<size_t>(context_.local_layout.bytes - kAfterBudget));
+    std::memset(context_.local + LocalLayout::kClaimOffset, 0,
+                static_cast<size_t>(context_.local_layout.bytes - LocalLayout::kClaimOffset));
 }
 
 void HostRank::require_chain(int chain) const {
@@ -77,6 +102,12 @@ void HostRank::require_chain(int chain) const {
 
 void HostRank::require_wire(Wire wire) const {
     if (!context_.shape.allows(wire)) reject("a wire format that the shape has no room for");
+}
+
+void HostRank::require_combine(Wire wire) const {
+    if (!context_.shape.allows_combine(wire)) {
+        reject("a combine format that the shape has no room for");
+    }
 }
 
 void HostRank::require_tokens(int32_t num_tokens) const {

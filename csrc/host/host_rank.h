@@ -31,15 +31,21 @@ class HostRank {
     void combine_recv(int chain, const CombineOutput& out);
 
     void set_time_budget(uint64_t nanoseconds);
+    // Operations that begin after it leave the rank out, or no longer do. reset() changes no mask.
+    void set_rank_mask(int rank, bool masked);
+    void clear_rank_mask();
+    RankMask read_rank_mask() const;
     StepStats read_stats(int chain) const;
     ChainState read_state(int chain) const;
-    // Zeroes this rank's heap and local memory but for the budget. Ranks meet before and after.
+    // Zeroes this rank's heap and local memory but for budget and mask. Ranks meet before and
+    // after.
     void reset();
 
   private:
     void require_chain(int chain) const;
     void require_tokens(int32_t num_tokens) const;
     void require_wire(Wire wire) const;
+    void require_combine(Wire wire) const;
 
     Context context_{};
 };

@@ -59,12 +59,14 @@ bool NormalRank::send_back(const NormalCombine& work, const int32_t* rank_prefix
     if (!fits(granted, layout.bytes, kCombine, source)) return false;
     uint8_t* inbox = data_[source] + granted.offset;
     for (int64_t i = 0; i < count; ++i) {
-        std::memcpy(inbox + (to + i) * row_bytes, work.x + (from + i) * work.stride_bytes,
+        const int64_t row = work.row(from + i);
+        std::memcpy(inbox + (to + i) * row_bytes, work.x + row * work.stride_bytes,
                     static_cast<size_t>(row_bytes));
-    }
-    if (work.topk_weights != nullptr) {
-        std::copy_n(work.topk_weights + from * work.topk, count * work.topk,
-                    reinterpret_cast<float*>(inbox + layout.topk_weights) + to * work.topk);
+        if (work.topk_weights != nullptr) {
+            std::copy_n(
+                work.topk_weights + row * work.topk, work.topk,
+                reinterpret_cast<float*>(inbox + layout.topk_weights) + (to + i) * work.topk);
+        }
     }
     return true;
 }
@@ -88,7 +90,7 @@ void NormalRank::reduce(const NormalCombine& work, const NormalTables& tables) c
         for (int d = 0; d < num_ranks; ++d) {
             const int32_t position = tables.send_position[token * num_ranks + d];
             if (position < 0) continue;
-            const int64_t row = (d == me ? own : first[d]) + position;
+            const int64_t row = d == me ? work.row(own + position) : first[d] + position;
             const uint8_t* values =
                 d == me ? work.x + row * work.stride_bytes : inbox + row * 2LL * hidden;
             row_math().add(reinterpret_cast<const uint16_t*>(values), hidden, sum.data());

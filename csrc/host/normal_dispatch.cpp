@@ -146,10 +146,11 @@ void NormalRank::dispatch(const NormalRows& rows, const NormalRoutes& routes, in
         const Credit* granted = credit(control_.dispatch_credit_offset, me, d);
         if (!waiter.wait(&granted->epoch, d)) return;
         if (!send_rows(rows, routes, num_experts, tables, d, *granted)) return;
-        store_release(done(d, me), epoch);  // acquired by the destination below
+        store_release(done(d, me), normal::done_word(epoch));  // acquired by the destination below
     }
+    Waiter arrivals(context_, kDispatch, normal::done_word(epoch));
     for (int s = 0; s < num_ranks; ++s) {
-        if (!waiter.wait(done(me, s), s)) return;
+        if (!arrivals.wait(done(me, s), s)) return;
     }
     state_->dispatched = epoch;
 }
@@ -204,7 +205,8 @@ bool NormalRank::send_rows(const NormalRows& rows, const NormalRoutes& routes, i
                 at<float>(block, layout.topk_weights)[to] = there ? routes.weights[from] : 0.0f;
             }
         }
-        at<int32_t>(block, layout.source_token)[row] = static_cast<int32_t>(token);
+        at<int32_t>(block, layout.source_token)[row] =
+            rows.source_token == nullptr ? static_cast<int32_t>(token) : rows.source_token[token];
     }
     return true;
 }

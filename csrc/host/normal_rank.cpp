@@ -32,7 +32,8 @@ void require_aligned(uintptr_t address, uintptr_t alignment, const std::string& 
 
 NormalRank::NormalRank(int num_ranks, int rank, int max_experts,
                        const std::vector<uintptr_t>& control, const std::vector<uintptr_t>& data,
-                       int64_t data_bytes, uintptr_t local, uintptr_t fault)
+                       int64_t data_bytes, uintptr_t local, uintptr_t fault,
+                       const normal::Part& part)
     : data_bytes_(data_bytes), state_(reinterpret_cast<State*>(local)) {
     if (num_ranks < 1 || num_ranks > kMaxRanks) reject("num_ranks is not in 1..72");
     if (rank < 0 || rank >= num_ranks) reject("rank is not in 0..num_ranks - 1");
@@ -51,9 +52,11 @@ NormalRank::NormalRank(int num_ranks, int rank, int max_experts,
     }
     require_aligned(local, alignof(State), "local memory");
     require_aligned(fault, alignof(FaultBoard), "fault memory");
-    control_ = normal::ControlLayout::make(num_ranks, max_experts);
+    control_ = normal::ControlLayout::make(num_ranks, max_experts, part.control_start);
+    context_.names = part.names;
     context_.shape.num_ranks = num_ranks;
     context_.rank = rank;
+    context_.knows_no_mask = true;
     context_.local = reinterpret_cast<uint8_t*>(local);
     context_.faults = reinterpret_cast<FaultBoard*>(fault);
     if (load_relaxed(&state_->budget_ns) == 0) set_time_budget(kDefaultBudgetNs);

@@ -11,11 +11,13 @@
 
 namespace ep::host {
 
+class HostWire;
+
 class NormalRank {
   public:
     NormalRank(int num_ranks, int rank, int max_experts, const std::vector<uintptr_t>& control,
                const std::vector<uintptr_t>& data, int64_t data_bytes, uintptr_t local,
-               uintptr_t fault);
+               uintptr_t fault, const normal::Part& part = {});
 
     // Out-of-range experts count as none and are recorded as a routing fault.
     void layout(const NormalRoutes& routes, int num_tokens, int num_experts,
@@ -31,6 +33,8 @@ class NormalRank {
     const normal::State& state() const { return *state_; }
 
   private:
+    friend class HostWire;  // sets words on behalf of peers that only put
+
     uint8_t* notify_slot(int owner, uint64_t epoch, int source) const;
     normal::Credit* credit(int64_t offset, int owner, int source) const;
     uint64_t* done(int owner, int source) const;

@@ -75,6 +75,42 @@ EP_BODY void add_body(const uint16_t* __restrict row, int n, float* __restrict s
     for (int i = 0; i < n; ++i) sum[i] += bf16_to_float(row[i]);
 }
 
+// An infinite sum makes NaN of its whole group: no scale reaches it.
+EP_BODY void quantise_sum_body(const float* __restrict sum, int n, uint8_t* __restrict values,
+                               float* __restrict scales) {
+    for (int start = 0; start < n; start += kScaleGroup) {
+        uint32_t top = 0;  // magnitudes order as integers do, NaNs above infinity
+        float amax = kMinSumAmax;
+        for (int i = start; i < start + kScaleGroup; ++i) {
+            const uint32_t magnitude = float_to_bits(sum[i]) & 0x7fffffffu;
+            top = magnitude > top ? magnitude : top;
+            const float a = bits_to_float(magnitude);
+            amax = a > amax ? a : amax;  // not for NaN
+        }
+        const Fp8Scale scale = fp8_scale(amax, false);
+        scales[start / kScaleGroup] = scale.scale;
+        if (top < 0x7f800000u) {
+            for (int i = start; i < start + kScaleGroup; ++i) {
+                values[i] = finite_to_fp8(sum[i] * scale.inverse);
+            }
+        } else {
+            for (int i = start; i < start + kScaleGroup; ++i) {
+                values[i] = float_to_fp8(sum[i] * scale.inverse);
+            }
+        }
+    }
+}
+
+EP_BODY void add_fp8_body(const uint8_t* __restrict values, const float* __restrict scales, int n,
+                          float* __restrict sum) {
+    for (int start = 0; start < n; start += kScaleGroup) {
+        const float scale = scales[start / kScaleGroup];
+        for (int i = start; i < start + kScaleGroup; ++i) {
+            sum[i] = __builtin_fmaf(scale, fp8_to_float(values[i]), sum[i]);
+        }
+    }
+}
+
 EP_BODY void round_body(const float* __restrict sum, int n, uint16_t* __restrict row) {
     for (int i = 0; i < n; ++i) row[i] = float_to_bf16(sum[i]);
 }
@@ -88,8 +124,15 @@ EP_BODY void round_body(const float* __restrict sum, int n, uint16_t* __restrict
         multiply_add_body(weight, row, n, sum);                                                   \
     }                                                                                             \
     TARGET void NAME##_add(const uint16_t* row, int n, float* sum) { add_body(row, n, sum); }     \
+    TARGET void NAME##_quantise_sum(const float* sum, int n, uint8_t* values, float* scales) {    \
+        quantise_sum_body(sum, n, values, scales);                                                \
+    }                                                                                             \
+    TARGET void NAME##_add_fp8(const uint8_t* values, const float* scales, int n, float* sum) {   \
+        add_fp8_body(values, scales, n, sum);                                                     \
+    }                                                                                             \
     TARGET void NAME##_round(const float* sum, int n, uint16_t* row) { round_body(sum, n, row); } \
-    constexpr RowMath NAME{NAME##_quantise, NAME##_multiply_add, NAME##_add, NAME##_round};
+    constexpr RowMath NAME{NAME##_quantise,     NAME##_multiply_add, NAME##_add,                  \
+                           NAME##_quantise_sum, NAME##_add_fp8,      NAME##_round};
 
 EP_ROW_MATH(kPortable, )
 #if defined(__x86_64__)

@@ -13,6 +13,9 @@ struct RowMath {
     void (*multiply_add)(float weight, const uint16_t* row, int n, float* sum);
     // sum += row.
     void (*add)(const uint16_t* row, int n, float* sum);
+    // FP32 [n] -> FP8 [n] and float [n / 128] scales; sum += what they stand for, fused.
+    void (*quantise_sum)(const float* sum, int n, uint8_t* values, float* scales);
+    void (*add_fp8)(const uint8_t* values, const float* scales, int n, float* sum);
     // FP32 [n] -> BF16 [n].
     void (*round)(const float* sum, int n, uint16_t* row);
 };

@@ -17,6 +17,7 @@ _LISTS = {
     "tokens": int,
     "experts": int,
     "dispatch_formats": str,
+    "combine_formats": str,
     "recv_formats": str,
     "modes": str,
     "peers": str,

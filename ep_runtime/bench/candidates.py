@@ -13,7 +13,7 @@ from ep_runtime.bench.options import LowLatencyOptions, Mode
 from ep_runtime.bench.ours import Buffers, OurBuffer
 from ep_runtime.bench.peers import Peer
 from ep_runtime.bench.session import Session
-from ep_runtime.config import DispatchFormat, EpConfig, RecvFormat
+from ep_runtime.config import CombineFormat, DispatchFormat, EpConfig, RecvFormat
 
 OURS = "ep_runtime"
 
@@ -28,26 +28,35 @@ class Candidate:
     num_sms: int
     build: Callable[[Problem], Implementation]
     drop: Callable[[], None]
+    combine_format: str = "bf16"
 
 
 def our_candidates(session: Session, buffers: Buffers) -> list[Candidate]:
-    """Every receive format and mode of the options."""
+    """Every combine format, receive format and mode of the options."""
     options = session.options
     return [
         Candidate(
-            OURS,
+            OURS if combine_format == "bf16" else f"{OURS}-{combine_format}-combine",
             mode,
             recv_format,
             session.num_sms,
-            partial(_build_ours, buffers, options, recv_format, mode),
+            partial(_build_ours, buffers, options, combine_format, recv_format, mode),
             buffers.drop,
+            combine_format,
         )
-        for recv_format, mode in product(options.recv_formats, options.modes)
+        for combine_format, recv_format, mode in product(
+            options.combine_formats, options.recv_formats, options.modes
+        )
     ]
 
 
 def _build_ours(
-    buffers: Buffers, options: LowLatencyOptions, recv_format: str, mode: Mode, problem: Problem
+    buffers: Buffers,
+    options: LowLatencyOptions,
+    combine_format: str,
+    recv_format: str,
+    mode: Mode,
+    problem: Problem,
 ) -> Implementation:
     config = EpConfig(
         num_experts=problem.sizes.num_experts,
@@ -56,6 +65,7 @@ def _build_ours(
         max_tokens=problem.max_tokens,
         num_chains=1,
         dispatch_format=cast(DispatchFormat, problem.dispatch_format),
+        combine_format=cast(CombineFormat, combine_format),
         recv_format=cast(RecvFormat, recv_format),
     )
     return OurBuffer(buffers.get(config), problem, mode, options.compute_us)

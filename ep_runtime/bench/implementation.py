@@ -14,6 +14,7 @@ from ep_runtime.bench.experts import expected_output, relative_error
 from ep_runtime.bench.routing import Inputs, Sizes, make_inputs
 from ep_runtime.bench.traffic import Traffic, least_traffic, message_counts
 
+FP8_ERROR_LIMIT = 6e-2  # e4m3 has a sixteenth between its numbers
 ERROR_LIMIT = 1e-2  # two bf16 roundings are 0.4e-2; one wrong row of eight is 0.3
 
 
@@ -70,12 +71,11 @@ class Problem:
         inputs = tuple(ranks[rank].to(device) for ranks in everyone)
         return cls(sizes, rank, max_tokens, dispatch_format, everyone, inputs, counts, device)
 
-    @property
-    def traffic(self) -> Traffic:
+    def traffic(self, combine_format: str = "bf16") -> Traffic:
         """The least that the link must carry, averaged over input sets."""
-        hidden = self.sizes.hidden
+        formats = self.dispatch_format, combine_format
         return Traffic.mean(
-            [least_traffic(counts, self.dispatch_format, hidden) for counts in self.counts]
+            [least_traffic(counts, *formats, self.sizes.hidden) for counts in self.counts]
         )
 
     @property

@@ -22,7 +22,7 @@ from ep_runtime.bench.records import Case, Record, Status
 from ep_runtime.bench.session import Session
 from ep_runtime.bench.stats import Summary, slowest_rank
 from ep_runtime.bench.team import StageError
-from ep_runtime.bench.traffic import time_at
+from ep_runtime.bench.traffic import Traffic, time_at
 
 UNKNOWN_ERROR = 1e30  # stands for NaN and infinity, which JSON does not have
 
@@ -37,7 +37,8 @@ def measure_case(session: Session, candidate: Candidate, problem: Problem) -> li
         verdicts = team.gather([min(verdict.error, UNKNOWN_ERROR), verdict.reason])
         error = max(error for error, _ in verdicts)
         wrong = _by_rank([text for _, text in verdicts])
-        timer = _Timer(session, case, problem, implementation, error)
+        least = problem.traffic(candidate.combine_format)
+        timer = _Timer(session, case, problem, implementation, least, error)
         if not wrong:
             records, reason = team.stage("time the pair", timer.pair)
             wrong = _by_rank(team.gather(reason))
@@ -123,6 +124,7 @@ class _Timer:
     case: Case
     problem: Problem
     implementation: Implementation
+    least: Traffic
     error: float
 
     def pair(self) -> tuple[list[Record], str]:
@@ -167,7 +169,7 @@ class _Timer:
     def _record(self, op: str, timing: str, times: Summary, compute_us: float | None) -> Record:
         extra: dict[str, Any] = {}
         if op in ("pair", "dispatch", "combine"):
-            extra["link_bytes"] = self.problem.traffic.of(op)
+            extra["link_bytes"] = self.least.of(op)
             wire = self.implementation.wire_bytes
             extra["wire_bytes"] = None if wire is None else wire.of(op)
             rate = self.session.link_gbs

@@ -74,7 +74,7 @@ class NormalProblem:
     @property
     def traffic(self) -> Traffic:
         """The least that the link must carry."""
-        return least_traffic(self.counts, self.dispatch_format, self.sizes.hidden)
+        return least_traffic(self.counts, self.dispatch_format, "bf16", self.sizes.hidden)
 
     def recv_bytes(self, op: str) -> float:
         """Rows received at the rank that receives most, times their bytes, both ways for a pair."""

@@ -12,6 +12,7 @@ Mode = Literal["fused", "split", "hook"]
 Skew = Literal["uniform", "zipf", "one-rank", "half-empty"]
 Backend = Literal["auto", "cuda", "host"]
 DISPATCH_FORMATS = ("fp8", "bf16")
+COMBINE_FORMATS = ("bf16", "fp8")
 RECV_FORMATS = ("batched", "compact", "contiguous")
 PEERS = (
     "nccl-ag-rs",
@@ -36,6 +37,7 @@ class LowLatencyOptions:
     modes             fused: one kernel an operation; split: send and receive launched one after
                       the other; hook: split with `compute_us` of other work in between, of which
                       the time that remains exposed is reported
+    combine_formats   what our combines' sums travel as; peers' always as bf16
     skew              which experts tokens choose, see `ep_runtime.bench.routing`
     pairs, replays    dispatch -> combine pairs in one graph, and how often it is timed
     input_sets        inputs that the pairs of a graph rotate through
@@ -57,6 +59,7 @@ class LowLatencyOptions:
     ranks: int = 0
     share_gpu: bool = False
     dispatch_formats: tuple[str, ...] = ("fp8",)
+    combine_formats: tuple[str, ...] = ("bf16",)
     recv_formats: tuple[str, ...] = ("batched", "compact")
     modes: tuple[Mode, ...] = ("fused",)
     skew: Skew = "uniform"
@@ -86,6 +89,7 @@ class LowLatencyOptions:
             _not_empty(name, getattr(self, name))
         for name, allowed in (
             ("dispatch_formats", DISPATCH_FORMATS),
+            ("combine_formats", COMBINE_FORMATS),
             ("recv_formats", RECV_FORMATS),
             ("modes", get_args(Mode)),
             ("peers", ("auto", "none", *PEERS)),

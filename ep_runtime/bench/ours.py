@@ -12,7 +12,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from ep_runtime.bench.clock import spin
 from ep_runtime.bench.delivered import expected_places, wrong_rows
 from ep_runtime.bench.experts import amplify, dequantise, gains, weighted_gain
-from ep_runtime.bench.implementation import ERROR_LIMIT, Problem, Step
+from ep_runtime.bench.implementation import ERROR_LIMIT, FP8_ERROR_LIMIT, Problem, Step
 from ep_runtime.bench.options import Mode
 from ep_runtime.bench.team import StageError
 from ep_runtime.bench.traffic import Traffic, busiest_direction
@@ -63,7 +63,6 @@ class Buffers:
 class OurBuffer:
     """dispatch and combine of one Buffer, on its chain 0."""
 
-    error_limit = ERROR_LIMIT
     rows_stay = True
 
     def __init__(
@@ -78,6 +77,7 @@ class OurBuffer:
         self._sent: Pending[Received] | None = None
         self._returned: Pending[torch.Tensor] | None = None
         config, num_ranks = buffer.config, buffer.num_ranks
+        self.error_limit = ERROR_LIMIT if config.combine_format == "bf16" else FP8_ERROR_LIMIT
         first = problem.rank * problem.num_local
         self._gain = gains(config.num_experts, config.hidden)[first : first + problem.num_local]
         self._gain = self._gain.to(problem.device)

@@ -6,7 +6,7 @@ expert of rank d:
 
     messages = max over ranks r of max(sum of m[r][d] over d != r, sum of m[s][r] over s != r)
     dispatch = messages * bytes of a row on the wire (H + 4 H / 128 for fp8, 2 H for bf16)
-    combine  = messages * 2 H
+    combine  = messages * bytes of a row (2 H, but where an fp8 combine is measured)
 
 The link is full duplex, so the busier direction of the busiest rank sets the time. Headers, tags
 and padding are an implementation's own and are not counted here.
@@ -50,9 +50,9 @@ class Traffic:
         )
 
 
-def row_bytes(dispatch_format: str, hidden: int) -> int:
+def row_bytes(row_format: str, hidden: int) -> int:
     """Bytes of one row and its scales on the wire."""
-    if dispatch_format == "fp8":
+    if row_format == "fp8":
         return hidden + hidden // SCALE_GROUP * SCALE_BYTES
     return hidden * BF16_BYTES
 
@@ -78,10 +78,14 @@ def busiest_direction(counts: torch.Tensor) -> int:
     return int(torch.maximum(remote.sum(dim=1), remote.sum(dim=0)).max())
 
 
-def least_traffic(counts: torch.Tensor, dispatch_format: str, hidden: int) -> Traffic:
+def least_traffic(
+    counts: torch.Tensor, dispatch_format: str, combine_format: str, hidden: int
+) -> Traffic:
     """The formula at the top of this file for m = `counts`."""
     messages = busiest_direction(counts)
-    return Traffic(messages * row_bytes(dispatch_format, hidden), messages * BF16_BYTES * hidden)
+    return Traffic(
+        messages * row_bytes(dispatch_format, hidden), messages * row_bytes(combine_format, hidden)
+    )
 
 
 def time_at(num_bytes: float, link_gbs: float) -> float:

@@ -23,12 +23,17 @@ class NvshmemModule(Protocol):
     def free(self, pointer: int) -> None: ...
     def peer_address(self, pointer: int, rank: int) -> int: ...
     def barrier_all(self) -> None: ...
+    def attach_kernels(self, rank: int, num_ranks: int, unique_id: bytes) -> None: ...
+    def announce(self, *arguments: int) -> None: ...
+    def put(self, *arguments: int) -> None: ...
     def finalize(self) -> None: ...
 
 
 # NVSHMEM starts once per process. It is not finalised: that is collective, and a rank that died
 # would hang the others; the driver frees the memory when the process ends.
 _started: tuple[int, int, int] | None = None
+_unique_id = b""
+_attached = False  # the extension's own kernels may put
 
 
 def load_nvshmem() -> NvshmemModule:
@@ -61,7 +66,7 @@ def nvshmem_running() -> bool:
 
 
 def _start(module: NvshmemModule, world: World, device: int) -> None:
-    global _started
+    global _started, _unique_id
     wanted = (world.rank, world.num_ranks, device)
     if _started is not None and _started != wanted:
         raise ConfigError(
@@ -80,7 +85,7 @@ def _start(module: NvshmemModule, world: World, device: int) -> None:
             "starting NVSHMEM",
             lambda: module.init(world.rank, world.num_ranks, unique_id, device),
         )
-        _started = wanted
+        _started, _unique_id = wanted, unique_id
 
 
 class _Symmetric:
@@ -135,3 +140,30 @@ def nvshmem_memory(world: World, sizes: MemorySizes, device: int) -> RankMemory:
         fault=fault.address,
         owned=[_Symmetric(module, pointer), local, fault],
     )
+
+
+def symmetric_region(world: World, num_bytes: int, device: int) -> RankMemory:
+    """Memory that kernels of all ranks put into, near or far: heaps holds this rank's own alone.
+
+    Zeroed. Collective; raises BuildError on every rank. Freeing it is collective too.
+    """
+    module = world.agree("loading NVSHMEM", load_nvshmem)
+    _start(module, world, device)
+
+    def attach() -> None:
+        global _attached
+        if not _attached:
+            module.attach_kernels(world.rank, world.num_ranks, _unique_id)
+            _attached = True
+
+    world.agree("attaching the kernels that put", attach)
+
+    def allocate() -> int:
+        pointer = module.malloc(num_bytes)
+        _C.cuda_fill_zero(pointer, num_bytes, device)
+        return pointer
+
+    pointer = world.agree("allocating symmetric memory", allocate)
+    heaps = [0] * world.num_ranks
+    heaps[world.rank] = pointer
+    return RankMemory("nvshmem", heaps, 0, 0, owned=[_Symmetric(module, pointer)])

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ep_runtime.connect import Backend, choose_device, provide
 from ep_runtime.memory import RankMemory
-from ep_runtime.normal.config import NormalConfig, block_bytes, inbox_bytes
-from ep_runtime.normal.group import agree, control_sizes, data_sizes, most_sms
+from ep_runtime.normal.config import BetweenNodes, NormalConfig, block_bytes, inbox_bytes
+from ep_runtime.normal.group import agree, control_sizes, most_sms, resolve_nodes
 from ep_runtime.normal.handles import Layout, NormalHandle, NormalReceived
+from ep_runtime.normal.nodes import NodePath
+from ep_runtime.normal.nodes_build import (
+    Ground,
+    Memory,
+    data_sizes,
+    join_nodes,
+    prepare_ground,
+)
+from ep_runtime.normal.nodes_flat import sum_by_nodes
 from ep_runtime.normal.ops import Routes, Tables
-from ep_runtime.normal.rank import Provider
 from ep_runtime.normal.steps import NormalSteps
 from ep_runtime.normal.tuned import TunedSms, tuned_num_sms
 from ep_runtime.normal.validate import Rows
 from ep_runtime.world import World
+
+
+def _alone(_what: str, step: Callable[[], None]) -> None:
+    """A step that no other process takes part in."""
+    step()
 
 
 class NormalBuffer(NormalSteps):
@@ -35,13 +48,15 @@ class NormalBuffer(NormalSteps):
         max_experts: int = 1024,
         max_topk: int = 32,
         pool_bytes: int | None = None,
+        ranks_per_node: int | None = None,
+        between_nodes: BetweenNodes = "auto",
         num_sms: int | None = None,
         backend: Backend = "auto",
         device: torch.device | int | str | None = None,
     ) -> None:
         """Join the group. Collective.
 
-        max_tokens .. pool_bytes  see NormalConfig; the same on every rank
+        max_tokens .. between_nodes  see NormalConfig; the same on every rank
         num_sms  most SMs an operation uses, where the call does not say; None: what
                  `ep-runtime tune` found for this GPU and number of ranks, or else 24
         backend  "host", "cuda", or "auto": CUDA where torch and the native module have it
@@ -58,25 +73,24 @@ class NormalBuffer(NormalSteps):
                 max_experts=max_experts,
                 max_topk=max_topk,
                 pool_bytes=pool_bytes,
+                ranks_per_node=ranks_per_node,
+                between_nodes=between_nodes,
             ),
         )
+        config = resolve_nodes(config, world)
         kind, neighbours = agree(config, world, place)
-
-        def provider(num_bytes: int) -> RankMemory:
-            return provide(kind, data_sizes(num_bytes), world, place)
-
-        control = provide(kind, control_sizes(config, world.num_ranks), world, place)
-        data = provider(config.heap_sizes(world.num_ranks).total)
         if num_sms is None:
             sms = world.agree("reading tuned SMs", lambda: tuned_num_sms(world.num_ranks, place))
         else:
             sms = TunedSms(num_sms, num_sms)
-        # Also the barrier: nobody sends before every heap is zeroed and mapped.
-        world.agree(
-            "allocating",
-            lambda: self._assemble(
-                config, world, place, control, data, provider, sms, most_sms(place, neighbours)
-            ),
+        self._build(
+            config,
+            world,
+            place,
+            lambda some, sizes: provide(kind, sizes, some, place),
+            sms,
+            most_sms(place, neighbours),
+            world.agree,
         )
 
     @classmethod
@@ -85,15 +99,55 @@ class NormalBuffer(NormalSteps):
         config: NormalConfig,
         world: World,
         device: torch.device,
-        control: RankMemory,
-        provider: Provider,
+        memory: Memory,
         num_sms: TunedSms,
         max_sms: int,
     ) -> NormalBuffer:
         self = cls.__new__(cls)
-        data = provider(config.heap_sizes(world.num_ranks).total)
-        self._assemble(config, world, device, control, data, provider, num_sms, max_sms)
+        self._build(config, world, device, memory, num_sms, max_sms, _alone)
         return self
+
+    _nodes: NodePath | None = None
+
+    def _build(
+        self,
+        config: NormalConfig,
+        world: World,
+        device: torch.device,
+        memory: Memory,
+        num_sms: TunedSms,
+        max_sms: int,
+        together: Callable[[str, Callable[[], None]], None],
+    ) -> None:
+        """together  runs a step and raises on every rank if it failed on any: also the barriers,
+        since nobody may send before every heap is zeroed and mapped."""
+        ground = None
+        if config.layered(world.num_ranks):
+            ground = prepare_ground(config, world, device, memory)
+            control, data = ground.control, ground.data
+        else:
+            control = memory(world, control_sizes(config, world.num_ranks))
+            data = memory(world, data_sizes(config.heap_sizes(world.num_ranks).total))
+
+        def provider(num_bytes: int) -> RankMemory:
+            return memory(world, data_sizes(num_bytes))
+
+        together(
+            "allocating",
+            lambda: self._assemble(
+                config, world, device, control, data, provider, num_sms, max_sms
+            ),
+        )
+        if ground is not None:
+            there = ground
+            together("joining the nodes", lambda: self._join_nodes(there, memory))
+
+    def _join_nodes(self, ground: Ground, memory: Memory) -> None:
+        self._nodes, self._parts = join_nodes(self, ground, memory)
+
+    def _reset_wire(self) -> None:
+        if self._nodes is not None:
+            self._nodes.rails.reset()
 
     # ---- operations -----------------------------------------------------------------------------
 
@@ -151,10 +205,16 @@ class NormalBuffer(NormalSteps):
             self._prepare_worst(rows, routes, num_worst_tokens)
         else:
             self._refuse_capture()
+        if self._nodes is not None:
+            self._check.most_tokens(rows.num_tokens, self.config.max_tokens)
         self._enter()
         if layout is None:
             assert topk_idx is not None  # _routes saw to it
             layout = self._layout(topk_idx, experts)
+        if self._nodes is not None:
+            return self._nodes.dispatch(
+                rows, routes, layout, experts, expert_alignment, num_worst_tokens, sms
+            )
         counts = torch.empty(local, dtype=torch.int32, device=self.device)
         handle, per_expert = self._notify(
             rows, routes, layout, experts, expert_alignment, num_worst_tokens, counts
@@ -184,9 +244,12 @@ class NormalBuffer(NormalSteps):
             self._check.weights(topk_weights, rows.num_tokens)
             topk = topk_weights.shape[1]
         sms = self._sms(num_sms, self.num_sms.dispatch)
+        routes = Routes(None, topk_weights, topk)
+        if self._nodes is not None:
+            return self._nodes.dispatch_cached(rows, routes, handle, sms)
         self._make_room(block_bytes(handle.most_rows, rows.row_bytes, rows.num_scales, topk), 0)
         self._enter()
-        return self._send(rows, Routes(None, topk_weights, topk), handle, [], None, sms)
+        return self._send(rows, routes, handle, [], None, sms)
 
     def combine(
         self,
@@ -221,26 +284,49 @@ class NormalBuffer(NormalSteps):
         if out is not None:
             self._check.out(out, shape)
         sms = self._sms(num_sms, self.num_sms.combine)
-        self._make_room(0, inbox_bytes(handle.inbox_rows, hidden, topk))
-        self._enter()
         self.stats.combines += 1
         if out is None:
             out = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
         weights = None
         if topk_weights is not None:
             weights = torch.empty((handle.num_tokens, topk), device=self.device)
-        self._ops.combine(
-            x,
-            stride,
-            topk_weights,
-            topk,
-            biases,
-            Tables(handle.rank_prefix, handle.send_position),
-            handle.num_tokens,
-            self._heap.sizes.inbox_offset,
-            out,
-            weights,
-            sms,
-        )
-        self._after()
+        if self._nodes is not None:
+            self._nodes.combine(x, stride, handle, topk_weights, topk, biases, out, weights, sms)
+            return out, weights
+        self._make_room(0, inbox_bytes(handle.inbox_rows, hidden, topk))
+        tables = Tables(handle.rank_prefix, handle.send_position)
+
+        def add_up(
+            along: Tables,
+            bias: list[torch.Tensor],
+            into: torch.Tensor,
+            into_weights: torch.Tensor | None,
+        ) -> None:
+            self._enter()
+            self._ops.combine(
+                x,
+                stride,
+                topk_weights,
+                topk,
+                bias,
+                along,
+                handle.num_tokens,
+                self._heap.sizes.inbox_offset,
+                into,
+                into_weights,
+                sms,
+            )
+            self._after()
+
+        if self.config.num_nodes(self.num_ranks) == 1:
+            add_up(tables, biases, out, weights)
+        else:
+            sum_by_nodes(
+                lambda along, some, its: add_up(along, [], some, its),
+                tables,
+                self.num_ranks // self.config.num_nodes(self.num_ranks),
+                biases,
+                out,
+                weights,
+            )
         return out, weights

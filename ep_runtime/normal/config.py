@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from typing import Literal, get_args
 
 from ep_runtime import __version__
 from ep_runtime.errors import ConfigError
@@ -13,6 +14,8 @@ from ep_runtime.normal.heap import HeapSizes
 from ep_runtime.normal.validate import MAX_ROW_BYTES, MAX_TOKENS, ROW_MULTIPLE
 
 HEAP_STEP = 2 << 20  # data heaps grow by whole pages of a GPU
+
+BetweenNodes = Literal["auto", "direct", "nvshmem", "puts", "flat"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +27,11 @@ class NormalConfig:
     max_experts  routed experts over all ranks
     max_topk     entries per token in topk_idx
     pool_bytes   where received tensors live; None: two dispatches of max_tokens from every rank
+    ranks_per_node  ranks 0 .. n-1 are a node, n .. 2n-1 the next; None: nobody asks for nodes.
+                 Where there is more than one node, a rank dispatches at most max_tokens tokens
+    between_nodes   how rows get from node to node: once per node, over memory that both sides map
+                 ("direct") or by NVSHMEM's puts ("nvshmem"). For tests: once per node, by puts as
+                 NVSHMEM's, which copy over mapped memory ("puts"); once per rank ("flat")
     """
 
     max_tokens: int
@@ -31,6 +39,8 @@ class NormalConfig:
     max_experts: int = 1024
     max_topk: int = 32
     pool_bytes: int | None = None
+    ranks_per_node: int | None = None
+    between_nodes: BetweenNodes = "auto"
 
     def __post_init__(self) -> None:
         limits = _C.limits()
@@ -40,6 +50,12 @@ class NormalConfig:
         _check("max_topk", self.max_topk, 1, limits["max_topk"])
         if self.pool_bytes is not None:
             _check("pool_bytes", self.pool_bytes, 0, 1 << 44)
+        if self.ranks_per_node is not None:
+            _check("ranks_per_node", self.ranks_per_node, 1, limits["max_ranks"])
+        if self.between_nodes not in get_args(BetweenNodes):
+            raise ConfigError(
+                f"between_nodes={self.between_nodes!r}: it must be one of {get_args(BetweenNodes)}"
+            )
 
     def validate_for(self, num_ranks: int) -> None:
         """Raise ConfigError unless a group of `num_ranks` ranks can use this configuration."""
@@ -50,8 +66,42 @@ class NormalConfig:
                 " expert; give at least one per rank"
             )
 
+        if self.ranks_per_node is None:
+            if self.between_nodes != "auto":
+                raise ConfigError(
+                    f"between_nodes={self.between_nodes!r} without ranks_per_node: say how many"
+                    " ranks a node has"
+                )
+            return
+        if num_ranks % self.ranks_per_node:
+            raise ConfigError(
+                f"ranks_per_node={self.ranks_per_node} for num_ranks={num_ranks}: all nodes have"
+                " the same number of ranks; give a divisor of num_ranks"
+            )
+        nodes = num_ranks // self.ranks_per_node
+        if nodes * self.max_tokens > MAX_TOKENS:
+            raise ConfigError(
+                f"max_tokens={self.max_tokens} on {nodes} nodes: their product must be at most"
+                f" {MAX_TOKENS}; lower max_tokens"
+            )
+
+    def num_nodes(self, num_ranks: int) -> int:
+        """Nodes of the group; 1 where none were declared."""
+        return 1 if self.ranks_per_node is None else num_ranks // self.ranks_per_node
+
+    def layered(self, num_ranks: int) -> bool:
+        """Rows go from node to node, and then from rank to rank."""
+        return self.num_nodes(num_ranks) > 1 and self.between_nodes != "flat"
+
+    @property
+    def wired(self) -> bool:
+        """Rows get from node to node by puts."""
+        return self.between_nodes in ("nvshmem", "puts")
+
     def heap_sizes(self, num_ranks: int) -> HeapSizes:
         """The parts of the data heap. FP8 rows with their scales take no more than BF16 rows."""
+        if self.layered(num_ranks):
+            return HeapSizes(0, 0, 1)  # rows go through the heaps of its rail and its node
         row = 2 * self.max_hidden
         staging = block_bytes(num_ranks * self.max_tokens, row, 0, self.max_topk)
         inbox = inbox_bytes((num_ranks - 1) * self.max_tokens, self.max_hidden, self.max_topk)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from ep_runtime.errors import CaptureError
+from dataclasses import replace
+
+from ep_runtime.errors import CaptureError, ShapeError
 from ep_runtime.memory.base import log
-from ep_runtime.normal.config import HEAP_STEP, NormalConfig
+from ep_runtime.normal.config import HEAP_STEP
 from ep_runtime.normal.heap import DataHeap, HeapSizes
 from ep_runtime.normal.rank import NormalRank
 
 
 class GrowingRank(NormalRank):
     """A rank whose data heap grows where an operation needs more than it was built for."""
+
+    _parts: tuple[GrowingRank, ...]
 
     def reserve(self, *, max_tokens: int | None = None, max_hidden: int | None = None) -> None:
         """Make the heap large enough for so many tokens or channels. Collective where it grows.
@@ -20,19 +24,25 @@ class GrowingRank(NormalRank):
         """
         self._check_fatal()
         old = self.config
-        self.config = NormalConfig(
+        self.config = replace(
+            old,
             max_tokens=max(old.max_tokens, max_tokens or 0),
             max_hidden=max(old.max_hidden, max_hidden or 0),
-            max_experts=old.max_experts,
-            max_topk=old.max_topk,
-            pool_bytes=old.pool_bytes,
         )
-        wanted = self.config.heap_sizes(self.num_ranks)
+        self.config.validate_for(self.num_ranks)
+        wanted, before = self.config.heap_sizes(self.num_ranks), self.stats.growths
         try:
             self._make_room(wanted.staging, wanted.inbox)
-        except CaptureError:
+            for part in self._parts:  # a node's rank has a multiple of a rank's tokens
+                share = part.config.max_tokens // old.max_tokens
+                part.reserve(
+                    max_tokens=share * self.config.max_tokens, max_hidden=self.config.max_hidden
+                )
+        except (CaptureError, ShapeError):
             self.config = old
             raise
+        if self._parts and self.stats.growths != before:
+            self.world.barrier()  # parts grew with their members alone: see NodePath
 
     def _make_room(self, staging: int, inbox: int) -> None:
         """Replace the data heap unless its parts hold so many bytes.
@@ -53,9 +63,11 @@ class GrowingRank(NormalRank):
         if self.config.pool_bytes is None:
             grown = HeapSizes(grown.staging, grown.inbox, max(have.pool, 2 * grown.staging))
         log.info("rank %d: the data heap grows from %s to %s", self.rank, have, grown)
-        memory = self._provider(grown.total)
         self._ops.synchronize()
-        self.world.barrier()  # nobody writes to the old heaps any more, but for captured graphs
+        # Nobody writes to the old heaps any more, but for captured graphs; and no kernel waits for
+        # a rank of this process while the driver hands out memory.
+        self.world.barrier()
+        memory = self._provider(grown.total)
         old, self._heap = self._heap, DataHeap(memory, self.rank, grown, self.device)
         self._ops = self._make_ops()
         self.set_time_budget(self._budget_s)
@@ -69,7 +81,11 @@ class GrowingRank(NormalRank):
         self.world.barrier()
 
     def _free_retired(self) -> None:
-        """Give back replaced heaps in which nothing lies any more. May synchronise the device."""
+        """Give back replaced heaps in which nothing lies any more. Waits for the device if it does.
+
+        Virtual ranks that share a device may do so only where all of them meet: elsewhere a peer's
+        kernel may be on it that waits for what this rank has yet to launch.
+        """
         kept = []
         for heap in self._retired:
             if heap.idle and not heap.collective:

@@ -25,6 +25,51 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RailTables:
+    """Where tokens go over a rail: the ranks of one number on all N nodes.
+
+    prefix       int32 [N, N]: [m, n] is the number of tokens from the rail's ranks on nodes 0 .. m
+                 to that on node n
+    position     int32 [T, N]: the token's index among this rank's tokens to that node, or -1
+    out_prefix, home_prefix, home_order   of rails by puts: see csrc/ep/wire.h
+    """
+
+    prefix: torch.Tensor
+    position: torch.Tensor
+    out_prefix: torch.Tensor | None
+    home_prefix: torch.Tensor | None
+    home_order: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NodeRouting:
+    """What a handle holds besides where there are nodes: N of them, with G ranks each.
+
+    node, local    this rank's
+    rail           where tokens go over this rank's rail
+    rail_rows      V, tokens that this rank got over it
+    rail_inbox_rows                   most that a combine brings home over the rail
+    node_prefix, node_position        int32 [G, G], [V, G]: the rail rows as a group of the node
+                                      sends them: see NormalHandle
+    node_inbox_rows                   most that a combine brings home within the node
+    reach, target  int32 [G, G], [V, G]: the same with target rows for positions, see ep/nodes.h
+    order          int32 [N]: this rank's received rows by the node's rank that sent them
+    """
+
+    node: int
+    local: int
+    rail: RailTables
+    rail_rows: int
+    rail_inbox_rows: int
+    node_prefix: torch.Tensor
+    node_position: torch.Tensor
+    node_inbox_rows: int
+    reach: torch.Tensor
+    target: torch.Tensor
+    order: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class NormalHandle:
     """A routing: what combine() and dispatch_cached() need. Good any number of times.
 
@@ -38,6 +83,7 @@ class NormalHandle:
     num_experts       E
     exact             every row was sent by somebody; else rows after the last one are padding
     owner             identity of the NormalBuffer
+    nodes             the way through rails and nodes; None where there are none
     """
 
     rank_prefix: torch.Tensor
@@ -50,6 +96,7 @@ class NormalHandle:
     num_experts: int
     exact: bool
     owner: object
+    nodes: NodeRouting | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,11 +38,20 @@ def make_native(
     local: int,
     fault: int,
     device: torch.device,
+    part: _C.NormalPart,
 ) -> _C.HostNormal | _C.CudaNormal:
     """The native operations over one generation of the data heap."""
     if device.type == "cpu":
         return _C.HostNormal(
-            num_ranks, rank, max_experts, control, heap.addresses, heap.sizes.total, local, fault
+            num_ranks,
+            rank,
+            max_experts,
+            control,
+            heap.addresses,
+            heap.sizes.total,
+            local,
+            fault,
+            part,
         )
     return _C.CudaNormal(
         num_ranks,
@@ -54,6 +63,7 @@ def make_native(
         local,
         fault,
         device.index,
+        part,
     )
 
 
@@ -116,6 +126,7 @@ class NormalOps:
         block_rows: int,
         exact: bool,
         num_sms: int,
+        source_token: torch.Tensor | None = None,
     ) -> None:
         self.native.dispatch(
             rows.x.data_ptr(),
@@ -137,6 +148,7 @@ class NormalOps:
             block_rows,
             exact,
             num_sms,
+            _address(source_token),
             *self._stream(),
         )
 
@@ -153,6 +165,7 @@ class NormalOps:
         out: torch.Tensor,
         out_weights: torch.Tensor | None,
         num_sms: int,
+        order: torch.Tensor | None = None,
     ) -> None:
         first, second = (*bias, None, None)[:2]
         self.native.combine(
@@ -170,6 +183,7 @@ class NormalOps:
             out.data_ptr(),
             _address(out_weights),
             num_sms,
+            _address(order),
             *self._stream(),
         )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Literal, NoReturn, Protocol, TypeVar, cast
+from typing import Protocol, cast
 
 import torch
 
 from ep_runtime import env
-from ep_runtime.errors import EpError, SequenceError, ShapeError
-from ep_runtime.faults import fatal_error, routing_error
+from ep_runtime.errors import EpError, ShapeError
+from ep_runtime.member import CLOSE_TIMEOUT_S, Closed, Member
 from ep_runtime.memory import RankMemory
 from ep_runtime.memory.base import log
 from ep_runtime.native import _C
@@ -23,10 +22,7 @@ from ep_runtime.normal.tuned import DEFAULT_SMS, TunedSms
 from ep_runtime.normal.validate import Checker
 from ep_runtime.world import World
 
-MAX_BUDGET_S = 86400.0
-CLOSE_TIMEOUT_S = 10.0  # how long close() waits for peers before it keeps what they may write to
-
-R = TypeVar("R", bound="NormalRank")
+WHOLE = _C.NormalPart(index=0, control_start=128, first=0, step=1)  # a group that is no part
 
 
 class Provider(Protocol):
@@ -35,14 +31,7 @@ class Provider(Protocol):
     def __call__(self, num_bytes: int) -> RankMemory: ...
 
 
-class _Closed:
-    """Stands in for the native calls once their memory is gone."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise SequenceError(f"{name} on a closed NormalBuffer: its memory is gone; build a new one")
-
-
-class NormalRank:
+class NormalRank(Member):
     """Base of NormalBuffer: everything about one rank that no row goes through."""
 
     def _assemble(
@@ -55,29 +44,26 @@ class NormalRank:
         provider: Provider,
         num_sms: TunedSms,
         max_sms: int,
+        part: _C.NormalPart = WHOLE,
+        sizes: HeapSizes | None = None,
     ) -> None:
-        self.config = config
-        self.world = world
-        self.rank = world.rank
-        self.num_ranks = world.num_ranks
-        self.device = device
+        self._join(world, device, control.fault)
+        self.config: NormalConfig = config
         self.memory_kind = control.kind
         self.stats = NormalStats()
         self.max_sms = max_sms
         self.num_sms = TunedSms(
             self._sms(num_sms.dispatch, DEFAULT_SMS), self._sms(num_sms.combine, DEFAULT_SMS)
         )
-        self._on_host = device.type == "cpu"
         self._provider = provider
         self._control = control
-        self._fault = control.fault
-        self._identity = object()
-        self._closed = False
-        self._routing_told = 0
+        self._part = part
+        self._parts: tuple[NormalRank, ...] = ()  # groups inside this one that this rank is in
         self._copy_told = False
-        self._heap = DataHeap(data, self.rank, config.heap_sizes(self.num_ranks), device)
+        sizes = config.heap_sizes(self.num_ranks) if sizes is None else sizes
+        self._heap = DataHeap(data, self.rank, sizes, device)
         self._retired: list[DataHeap] = []
-        self._ops = self._make_ops()
+        self._ops: NormalOps = self._make_ops()
         self._streams = StreamOrder(device)
         self._host_counts = HostCounts(self.num_ranks, config.max_experts, device)
         self._check = Checker(
@@ -96,23 +82,24 @@ class NormalRank:
             self._control.local,
             self._control.fault,
             self.device,
+            self._part,
         )
         return NormalOps(native, self.device)
 
     @property
-    def backend(self) -> Literal["host", "cuda"]:
-        """Where this rank works."""
-        return "host" if self._on_host else "cuda"
-
-    @property
     def heap_sizes(self) -> HeapSizes:
-        """The parts of the data heap as they are now."""
-        return self._heap.sizes
+        """The parts of the data heap as they are now; where there are nodes, of all heaps."""
+        sizes = [self._heap.sizes, *(part.heap_sizes for part in self._parts)]
+        return HeapSizes(
+            sum(one.staging for one in sizes),
+            sum(one.inbox for one in sizes),
+            sum(one.pool for one in sizes),
+        )
 
     @property
     def pool_in_use(self) -> int:
         """Bytes of the pool that received tensors (or captures) hold."""
-        return self._heap.pool.in_use
+        return self._heap.pool.in_use + sum(part.pool_in_use for part in self._parts)
 
     def _sms(self, wanted: int | None, default: int) -> int:
         """SMs of one call. Ranks that share a GPU have to run at the same time: see max_sms."""
@@ -122,52 +109,16 @@ class NormalRank:
             raise ShapeError(f"num_sms={wanted!r}: it must be an integer from 1 on; 24 is usual")
         return min(wanted, self.max_sms)
 
-    # ---- faults and budget ----------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Raise what the device recorded; reads host memory, never synchronises.
-
-        PeerTimeout and DesyncError stay until reset(). RoutingFault is raised once.
-        """
-        self._check_fatal()
-        routing = _C.read_routing_fault(self._fault)
-        if routing is not None and routing.count != self._routing_told:
-            # Counted, not cleared: a fatal fault recorded meanwhile must not be lost.
-            dropped, self._routing_told = routing.count - self._routing_told, routing.count
-            raise routing_error(routing, dropped)
-
-    def _check_fatal(self) -> None:
-        if self._closed:
-            raise SequenceError(
-                "call on a closed NormalBuffer: its memory is gone; build a new one"
-            )
-        fault = _C.read_fault(self._fault)
-        if fault is not None:
-            raise fatal_error(fault, self._budget_s)
-
     def _after(self) -> None:
         """A host operation has already failed or not when it returns: say so now."""
         if self._on_host:
             self._check_fatal()
 
-    @property
-    def time_budget_s(self) -> float:
-        """Seconds that an operation waits for a peer."""
-        return self._budget_s
-
     def set_time_budget(self, seconds: float) -> None:
         """Bound every wait from now on, replays included. Synchronises; not for captured code."""
-        if not 0 < seconds <= MAX_BUDGET_S:
-            raise ShapeError(
-                f"time budget {seconds!r} s: it must be above 0 and at most {MAX_BUDGET_S:g}; 10 is"
-                " usual in steady state, 60 in warm-up"
-            )
-        self._ops.native.set_time_budget(int(seconds * 1e9))
-        self._budget_s = seconds
-
-    def steady(self) -> None:
-        """Kernels are loaded everywhere: go from the warm-up budget to the steady one."""
-        self.set_time_budget(env.read().timeout_s)
+        super().set_time_budget(seconds)
+        for part in self._parts:
+            part.set_time_budget(seconds)
 
     # ---- life -----------------------------------------------------------------------------------
 
@@ -178,24 +129,24 @@ class NormalRank:
         """
         self._ops.synchronize()
         self.world.barrier()
-        self._ops.native.reset()
+        for one in (self, *self._parts):
+            one._ops.native.reset()
+        self._reset_wire()
         _C.clear_faults(self._fault)
         self._routing_told = 0
         self.set_time_budget(self._budget_s)
         self.world.barrier()
 
-    def close(self) -> None:
-        """Give the memory back; again: nothing. Waits a bounded time for the peers to close too.
-
-        Finishes what was launched first. Received tensors stay valid, and keep their heap.
-        """
-        self._close(with_peers=True)
+    def _reset_wire(self) -> None:
+        """Forget what peers put and this rank counted of it; there is nothing of it here."""
 
     def _close(self, with_peers: bool) -> None:
         if self._closed:
             return
         failed = _C.read_fault(self._fault) is not None
         self._closed = True
+        for part in self._parts:
+            part._close(with_peers)
         heaps = [*self._retired, self._heap]
         if with_peers or failed:  # else kernels may wait for peers that never come
             self._ops.synchronize()
@@ -204,7 +155,7 @@ class NormalRank:
             for heap in heaps:
                 heap.abandon()
             self._control.abandon()
-        self._ops = cast(NormalOps, _Closed())
+        self._ops = cast(NormalOps, Closed(type(self).__name__))
 
     def _close_memory(self, heaps: list[DataHeap], met: bool) -> None:
         for heap in heaps if met else ():
@@ -240,29 +191,4 @@ class NormalRank:
         return self._control.kind.startswith("virtual")
 
     def _meet(self) -> bool:
-        if self.virtual:
-            return True
-        try:
-            self.world.barrier(timeout_s=CLOSE_TIMEOUT_S)
-        except EpError as error:
-            log.warning("closing without the peers: %s", error)
-            return False
-        return True
-
-    def __enter__(self: R) -> R:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # After an error the peers may be elsewhere: do not wait for them.
-        self._close(with_peers=kind is None)
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(rank {self.rank} of {self.num_ranks}, {self.device},"
-            f" {self.memory_kind}, {self.config})"
-        )
+        return self.virtual or super()._meet()

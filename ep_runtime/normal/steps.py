@@ -7,6 +7,7 @@ import torch
 from ep_runtime.errors import CaptureError, ShapeError
 from ep_runtime.memory.base import log
 from ep_runtime.normal.config import block_bytes
+from ep_runtime.normal.counts import Counts
 from ep_runtime.normal.growth import GrowingRank
 from ep_runtime.normal.handles import Layout, NormalHandle, NormalReceived
 from ep_runtime.normal.ops import Routes, Tables
@@ -22,7 +23,7 @@ class NormalSteps(GrowingRank):
         self._streams.enter()
         if self._streams.capturing():
             self._heap.captured = True
-        elif self._retired:
+        elif self._retired and not self.virtual:
             self._free_retired()
 
     def _refuse_capture(self) -> None:
@@ -46,9 +47,10 @@ class NormalSteps(GrowingRank):
                 " mode dispatch fewer tokens at once, or call reserve(max_tokens=...) on every"
                 " rank"
             )
-        self._make_room(
-            block_bytes(num_worst_tokens, rows.row_bytes, rows.num_scales, routes.topk), 0
-        )
+        if not self.config.layered(self.num_ranks):  # else its rail and its node make room
+            self._make_room(
+                block_bytes(num_worst_tokens, rows.row_bytes, rows.num_scales, routes.topk), 0
+            )
 
     def _routes(
         self,
@@ -107,15 +109,12 @@ class NormalSteps(GrowingRank):
     ) -> tuple[NormalHandle, list[int]]:
         """Exchange counts. In exact mode learn them on the host, and make room for the rows."""
         exact = num_worst_tokens == 0
-        tables = self._tables(rows.num_tokens)
-        words = self._host_counts.prepare() if exact else 0
-        self._ops.notify(layout, rows.num_tokens, num_experts, alignment, tables, counts, words)
-        self._after()
+        tables = self._announce(rows.num_tokens, layout, num_experts, alignment, exact, counts)
         per_expert: list[int] = []
         num_rows = most_rows = num_worst_tokens
         inbox_rows = (self.num_ranks - 1) * self.config.max_tokens
         if exact:
-            told = self._host_counts.wait(counts.shape[0], self._budget_s, self._check_fatal)
+            told = self._learn_counts(counts.shape[0])
             num_rows, per_expert = told.rows, told.per_expert
             most_rows, inbox_rows = told.most_rows, told.most_inbox
             size = block_bytes(most_rows, rows.row_bytes, rows.num_scales, routes.topk)
@@ -133,6 +132,26 @@ class NormalSteps(GrowingRank):
             self._identity,
         )
         return handle, per_expert
+
+    def _announce(
+        self,
+        num_tokens: int,
+        layout: Layout,
+        num_experts: int,
+        alignment: int,
+        exact: bool,
+        counts: torch.Tensor,
+    ) -> Tables:
+        """Exchange counts. In exact mode the host learns them from _learn_counts()."""
+        tables = self._tables(num_tokens)
+        words = self._host_counts.prepare() if exact else 0
+        self._ops.notify(layout, num_tokens, num_experts, alignment, tables, counts, words)
+        self._after()
+        return tables
+
+    def _learn_counts(self, local_experts: int) -> Counts:
+        """The wait of the host."""
+        return self._host_counts.wait(local_experts, self._budget_s, self._check_fatal)
 
     def _send(
         self,

@@ -163,6 +163,12 @@ class Checker:
         if type(alignment) is not int or not 1 <= alignment <= 65536:
             wrong("expert_alignment", alignment, "an integer from 1 to 65536", "use 1 for none")
 
+    def most_tokens(self, num_tokens: int, max_tokens: int) -> None:
+        """Where there are nodes: what a rank keeps for the others of its rail is sized by it."""
+        if num_tokens > max_tokens:
+            remedy = "dispatch fewer tokens, or call reserve(max_tokens=...) on every rank"
+            wrong("x.shape[0]", num_tokens, f"at most max_tokens={max_tokens}", remedy)
+
     def worst_tokens(self, num_worst_tokens: int) -> None:
         most = MAX_TOKENS * self.num_ranks
         if type(num_worst_tokens) is not int or not 0 <= num_worst_tokens <= most:

@@ -10,11 +10,11 @@ import torch
 
 from ep_runtime.connect import Backend, choose_device
 from ep_runtime.errors import ConfigError, PeerTimeout
-from ep_runtime.memory import RankMemory
+from ep_runtime.memory import MemorySizes, RankMemory
 from ep_runtime.memory.virtual import virtual_cuda_memory, virtual_host_memory
 from ep_runtime.normal.buffer import NormalBuffer
-from ep_runtime.normal.config import NormalConfig
-from ep_runtime.normal.group import control_sizes, data_sizes, most_sms
+from ep_runtime.normal.config import BetweenNodes, NormalConfig
+from ep_runtime.normal.group import most_sms, resolve_virtual
 from ep_runtime.normal.tuned import DEFAULT_SMS, TunedSms
 from ep_runtime.world import World
 
@@ -26,6 +26,12 @@ class _Meeting:
         self.changed = threading.Condition()
         self.told: dict[int, dict[int, bytes]] = {}
         self.left: dict[int, int] = {}
+        self.parts: dict[tuple[int, ...], _Meeting] = {}
+
+    def of(self, members: Sequence[int]) -> _Meeting:
+        """Where the threads of some of the ranks meet."""
+        with self.changed:
+            return self.parts.setdefault(tuple(members), _Meeting())
 
 
 class ThreadWorld(World):
@@ -35,6 +41,7 @@ class ThreadWorld(World):
         super().__init__(None, 0, 1)
         self.rank = rank
         self.num_ranks = num_ranks
+        self.members = list(range(num_ranks))
         self._meeting = meeting
 
     def all_gather(self, data: bytes, *, timeout_s: float | None = None) -> list[bytes]:
@@ -49,11 +56,11 @@ class ThreadWorld(World):
             meeting.changed.notify_all()
             while len(told) < self.num_ranks:
                 if not meeting.changed.wait(deadline - time.monotonic()):
-                    missing = min(set(range(self.num_ranks)) - set(told))
+                    missing = self.members[min(set(range(self.num_ranks)) - set(told))]
                     raise PeerTimeout(
                         f"the thread of rank {missing} did not reach collective {call} within"
                         f" {limit:g} s; call it on every rank, each in its own thread",
-                        rank=self.rank,
+                        rank=self.members[self.rank],
                         peer=missing,
                     )
             meeting.left[call] = meeting.left.get(call, 0) + 1
@@ -65,22 +72,29 @@ class ThreadWorld(World):
         """Return when the thread of every rank has called it."""
         self.all_gather(b"", timeout_s=timeout_s)
 
+    def part(self, members: Sequence[int]) -> ThreadWorld:
+        """The world of some ranks of this one."""
+        number = list(members).index(self.rank)
+        world = ThreadWorld(number, len(members), self._meeting.of(members))
+        world.members = [self.members[member] for member in members]
+        return world
+
 
 class _SharedHeaps:
-    """Makes data heaps for all ranks at once, when the first of them asks."""
+    """Makes memory for all ranks of a world at once, when the first of them asks."""
 
-    def __init__(self, make: Callable[[int], list[RankMemory]], num_ranks: int) -> None:
+    def __init__(self, make: Callable[[MemorySizes], list[RankMemory]], num_ranks: int) -> None:
         self._make = make
         self._lock = threading.Lock()
         self._asked = [0] * num_ranks
         self._made: dict[int, dict[int, RankMemory]] = {}
 
-    def get(self, rank: int, num_bytes: int) -> RankMemory:
+    def get(self, rank: int, sizes: MemorySizes) -> RankMemory:
         """The rank's part of its next generation; every rank asks for the same sizes."""
         with self._lock:
             generation = self._asked[rank]
             if generation not in self._made:
-                self._made[generation] = dict(enumerate(self._make(num_bytes)))
+                self._made[generation] = dict(enumerate(self._make(sizes)))
             self._asked[rank] += 1
             memory = self._made[generation].pop(rank)
             if not self._made[generation]:
@@ -96,6 +110,8 @@ def virtual_normal_ranks(
     max_experts: int = 1024,
     max_topk: int = 32,
     pool_bytes: int | None = None,
+    ranks_per_node: int | None = None,
+    between_nodes: BetweenNodes = "auto",
     num_sms: int | None = None,
     backend: Backend = "auto",
     devices: Sequence[int] | None = None,
@@ -113,21 +129,27 @@ def virtual_normal_ranks(
         max_experts=max_experts,
         max_topk=max_topk,
         pool_bytes=pool_bytes,
+        ranks_per_node=ranks_per_node,
+        between_nodes=between_nodes,
     )
-    control = control_sizes(config, num_ranks)
+    config.validate_for(num_ranks)
     placement = _placement(num_ranks, backend, devices)
+    on_host = placement[0].type == "cpu"
+    config = resolve_virtual(config)
+    heaps: dict[tuple[int, ...], _SharedHeaps] = {}
 
-    def make(num_bytes: int) -> list[RankMemory]:
-        sizes = data_sizes(num_bytes)
-        if placement[0].type == "cpu":
-            return virtual_host_memory(num_ranks, sizes)
-        return virtual_cuda_memory([device.index for device in placement], sizes)
+    def memory(world: World, sizes: MemorySizes) -> RankMemory:
+        members = tuple(world.members)
 
-    if placement[0].type == "cpu":
-        controls = virtual_host_memory(num_ranks, control)
-    else:
-        controls = virtual_cuda_memory([device.index for device in placement], control)
-    shared, meeting = _SharedHeaps(make, num_ranks), _Meeting()
+        def make(sizes: MemorySizes) -> list[RankMemory]:
+            if on_host:
+                return virtual_host_memory(len(members), sizes)
+            return virtual_cuda_memory([placement[member].index for member in members], sizes)
+
+        shared = heaps.setdefault(members, _SharedHeaps(make, len(members)))
+        return shared.get(world.rank, sizes)
+
+    meeting = _Meeting()
     sms = DEFAULT_SMS if num_sms is None else num_sms
     wanted = TunedSms(sms, sms)
     return [
@@ -135,8 +157,7 @@ def virtual_normal_ranks(
             config,
             ThreadWorld(rank, num_ranks, meeting),
             device,
-            controls[rank],
-            lambda num_bytes, rank=rank: shared.get(rank, num_bytes),
+            memory,
             wanted,
             most_sms(device, placement.count(device)),
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ep_runtime.errors import ShapeError
+from ep_runtime.errors import ConfigError, ShapeError
 from ep_runtime.integrations.deep_ep.config import Config
 from ep_runtime.integrations.deep_ep.core import Core
 from ep_runtime.integrations.deep_ep.events import EventOverlap
@@ -48,16 +48,17 @@ class Buffer(Core):
         """Count where this rank's tokens go.
 
         topk_idx  int64 [T, K], contiguous; -1 is no expert
-        Returns (num_tokens_per_rank int32 [R], None, num_tokens_per_expert int32 [E],
-        is_token_in_rank bool [T, R], event). The Buffer's first normal call is collective.
+        Returns (num_tokens_per_rank int32 [R], num_tokens_per_rdma_rank, num_tokens_per_expert
+        int32 [E], is_token_in_rank bool [T, R], event); num_tokens_per_rdma_rank is int32 [nodes]
+        where the group spans nodes, else None. The Buffer's first normal call is collective.
         """
         self._check_open()
-        found, event = self._normal.layout(
+        found, per_node, event = self._normal.layout(
             topk_idx, num_experts, (previous_event, async_finish, allocate_on_comm_stream)
         )
         return (
             found.tokens_per_rank,
-            None,
+            per_node,
             found.tokens_per_expert,
             found.is_token_in_rank,
             event,
@@ -93,10 +94,10 @@ class Buffer(Core):
                           topk_idx -1 and the list is empty. The same on every rank
         Returns (recv_x, recv_topk_idx, recv_topk_weights, counts per local expert, handle, event),
         rows by source rank, then token; expert numbers local, -1 for other ranks'. With a handle
-        all but recv_x and event are None.
+        all but recv_x and event are None. Where the group spans nodes this is internode_dispatch.
         """
         self._check_open()
-        del num_tokens_per_rdma_rank  # all ranks are on one machine
+        self._check_nodes(num_tokens_per_rdma_rank, handle)
         flow = (previous_event, async_finish, allocate_on_comm_stream)
         config = self.get_dispatch_config(self.group_size) if config is None else config
         if handle is not None:
@@ -157,14 +158,102 @@ class Buffer(Core):
             (previous_event, async_finish, allocate_on_comm_stream),
         )
 
+    def internode_dispatch(
+        self,
+        x: Rows,
+        handle: DispatchHandle | None = None,
+        num_tokens_per_rank: torch.Tensor | None = None,
+        num_tokens_per_rdma_rank: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        num_tokens_per_expert: torch.Tensor | None = None,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> Dispatched:
+        """dispatch() of a group that spans nodes: each token crosses once per node. Collective.
+
+        Arguments and results as of dispatch(); num_tokens_per_rdma_rank is needed where there is
+        no handle. The first normal call fixes the most tokens of a rank (rounded up to a power of
+        two): make it with the largest. Raises ConfigError where all ranks are one node.
+        """
+        self._check_spans_nodes("internode_dispatch")
+        return self.dispatch(
+            x,
+            handle,
+            num_tokens_per_rank,
+            num_tokens_per_rdma_rank,
+            is_token_in_rank,
+            num_tokens_per_expert,
+            topk_idx,
+            topk_weights,
+            expert_alignment,
+            num_worst_tokens,
+            config,
+            previous_event,
+            async_finish,
+            allocate_on_comm_stream,
+        )
+
+    def internode_combine(
+        self,
+        x: torch.Tensor,
+        handle: DispatchHandle,
+        topk_weights: torch.Tensor | None = None,
+        bias: Bias | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """combine() of a group that spans nodes: each node's sum crosses as one BF16 row.
+
+        Arguments and results as of combine(). Raises ConfigError where all ranks are one node.
+        """
+        self._check_spans_nodes("internode_combine")
+        return self.combine(
+            x,
+            handle,
+            topk_weights,
+            bias,
+            config,
+            previous_event,
+            async_finish,
+            allocate_on_comm_stream,
+        )
+
+    def _check_spans_nodes(self, call: str) -> None:
+        self._check_open()
+        if self._normal.ranks_per_node is None:
+            raise ConfigError(
+                f"{call} on a Buffer whose {self.group_size} ranks are one node (or before its"
+                " first normal call, get_dispatch_layout): use dispatch and combine, or declare"
+                " nodes by EP_RANKS_PER_NODE"
+            )
+
+    def _check_nodes(self, per_node: torch.Tensor | None, handle: DispatchHandle | None) -> None:
+        if self._normal.ranks_per_node is not None and handle is None and per_node is None:
+            raise ShapeError(
+                "dispatch between nodes without num_tokens_per_rdma_rank: pass what"
+                " get_dispatch_layout() returned"
+            )
+
     # ---- low-latency calls ----------------------------------------------------------------------
 
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
     ) -> None:
-        """Check the sizes and recorded faults. There is nothing to clean: signals are numbered."""
+        """Check the sizes and recorded faults. There is nothing to clean: signals are numbered.
+
+        With enable_shrink: forget recorded faults and everything in flight, on the ranks that are
+        not masked, which all make this call; it synchronises. Not so in a capture.
+        """
         self._check_low_latency()
-        self._low_latency.check(num_max_dispatch_tokens_per_rank, hidden, num_experts)
+        self._low_latency.clean(num_max_dispatch_tokens_per_rank, hidden, num_experts)
 
     def low_latency_dispatch(
         self,
@@ -228,7 +317,7 @@ class Buffer(Core):
         x                             bf16 [L, R*M, H]
         topk_idx, topk_weights        int64 and float32 [T, K] of the dispatch
         handle                        of the dispatch; any number of times
-        use_logfmt                    accepted; rows travel as BF16, which is more precise
+        use_logfmt                    sums travel in a byte per channel: e4m3 with a scale per 128
         zero_copy                     take the rows from get_next_low_latency_combine_buffer()
         out                           bf16 [T, H], contiguous, or None
         combine_wait_recv_cost_stats  int64 [R]: nanoseconds waited for each rank are added
@@ -254,15 +343,19 @@ class Buffer(Core):
         return self._low_latency.next_combine_buffer(handle)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Mask (True) or unmask a rank. Needs enable_shrink."""
+        """Mask (True) or unmask a rank, in stream order. Needs enable_shrink. Capturable.
+
+        Low-latency calls neither send to nor wait for a masked rank. All ranks that are not masked
+        must mask the same; before one is unmasked, all ranks clean_low_latency_buffer().
+        """
         self._mask.update(rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
-        """Write 1 for each masked rank and 0 for the others into int32 [R]."""
+        """Write 1 for each masked rank and 0 for the others into int32 [R]. Capturable."""
         self._mask.query(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Unmask all ranks."""
+        """Unmask all ranks. Capturable; see low_latency_update_mask_buffer()."""
         self._mask.clean()
 
 

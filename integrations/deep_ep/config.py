@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ep_runtime import env
 from ep_runtime.errors import ConfigError
+from ep_runtime.native import _C
 
 ALIGNMENT = 128  # bytes: DeepEP users round and check buffer sizes to this
 _DISPATCH_CHUNKS = (24, 256, 6, 128)
 _COMBINE_CHUNKS = (10, 256, 6, 128)
 _METADATA_BYTES = 32 * 12 + 64  # of a row: up to 32 expert numbers (8) and weights (4), and counts
 HINT_TOKENS = 4096  # tokens per rank that the size hints are for
+NODE_RANKS = 8  # of a node, where nobody says otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +68,26 @@ class Config:
         return -(-wanted // ALIGNMENT) * ALIGNMENT
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """0: all ranks reach each other's memory, and the normal operations need no other."""
+        """Bytes of symmetric memory that normal operations take where rows cross a network: of
+        dispatches of 4096 tokens from every rank. 0 for the ranks of one node.
+
+        A node has EP_RANKS_PER_NODE ranks, or else DeepEP's 8.
+        """
         _check_hint(hidden_bytes, num_ranks)
-        return 0
+        per_node = env.read().ranks_per_node or NODE_RANKS
+        nodes = -(-num_ranks // per_node)
+        if nodes == 1:
+            return 0
+        limits = _C.limits()
+        wanted = _C.wire_region(
+            nodes,
+            per_node,
+            limits["max_experts"],
+            HINT_TOKENS,
+            -(-hidden_bytes // 2),
+            limits["max_topk"],
+        )["bytes"]
+        return -(-wanted // ALIGNMENT) * ALIGNMENT
 
 
 def check_num_sms(num_sms: object) -> int:

@@ -55,7 +55,7 @@ class Core:
         num_rdma_bytes      checked and kept; low-latency memory is sized by the calls
         low_latency_mode    allow low-latency calls
         explicitly_destroy  destroy() gives the memory back; else it stays until the process ends
-        enable_shrink       allow the mask calls
+        enable_shrink       allow the mask calls; clean_low_latency_buffer() then also resets
         comm                an mpi4py communicator instead of `group`
         Memory is allocated in the first call that needs it. What concerns networks
         (num_qps_per_rank, allow_*, use_fabric) has no effect. Raises ConfigError.
@@ -75,7 +75,7 @@ class Core:
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self._place = Place(world)
-        self._mask = RankMask(world.num_ranks, enable_shrink)
+        self._mask = RankMask(self._place, enable_shrink)
         self._low_latency = LowLatency(self._place, self._mask)
         self._normal = Normal(self._place, num_nvl_bytes)
         self._scratch: dict[bool, torch.Tensor] = {}

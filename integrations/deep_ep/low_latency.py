@@ -61,7 +61,6 @@ class LowLatency:
                 f"use_ue8m0=True with use_fp8={use_fp8}, round_scale={round_scale}: scales can be"
                 " kept as exponents only where they are powers of two; pass both as True"
             )
-        self._mask.refuse_masked()
         engine = self._engine(x, topk_idx, max_tokens, num_experts)
         buffer = engine.buffer
         dispatch_format: Literal["bf16", "fp8"] = "fp8" if use_fp8 else "bf16"
@@ -118,7 +117,6 @@ class LowLatency:
             raise ConfigError(
                 "use_logfmt=True with zero_copy=True: rows in place cannot be encoded; pass one"
             )
-        self._mask.refuse_masked()
         engine, routing = engine_of(handle)
         if topk_idx.shape != topk_weights.shape:
             raise ShapeError(
@@ -138,6 +136,7 @@ class LowLatency:
             "topk_weights": topk_weights,
             "out": out,
             "wait_ns": wait_ns,
+            "combine_format": "fp8" if use_logfmt else None,
         }
         if return_recv_hook:
             pending = self._send(lambda: buffer.combine(rows, routing, **options))
@@ -173,14 +172,16 @@ class LowLatency:
             engine.combine_rows = torch.zeros(shape, dtype=torch.bfloat16, device=buffer.device)
         return engine.combine_rows
 
-    def check(self, max_tokens: int, hidden: int, num_experts: int) -> None:
-        """Raise ConfigError for sizes that no group can have, and what the device recorded."""
+    def clean(self, max_tokens: int, hidden: int, num_experts: int) -> None:
+        """See Buffer.clean_low_latency_buffer."""
         _config(num_experts, 1, hidden, max_tokens).validate_for(self._place.world.num_ranks)
+        resets = self._mask.enabled and not self._place.capturing()
         for engine in self._engines.values():
-            engine.buffer.check()
+            (engine.buffer.reset if resets else engine.buffer.check)()
 
     def close(self) -> None:
         """Give all memory back. Collective."""
+        self._mask.forget()
         engines, self._engines = self._engines, {}
         for engine in engines.values():
             engine.buffer.close()
@@ -210,7 +211,9 @@ class LowLatency:
         )
         backend: Literal["cuda", "host"] = "cuda" if device.type == "cuda" else "host"
         on = device if backend == "cuda" else None
-        return Engine(EpBuffer(config, place.world, backend, device=on))
+        buffer = EpBuffer(config, place.world, backend, device=on)
+        self._mask.adopt(buffer)
+        return Engine(buffer)
 
     def _send(self, step: Callable[[], Pending[Any]]) -> Pending[Any]:
         with self._place.comm.here():

@@ -4,55 +4,83 @@ from __future__ import annotations
 
 import torch
 
-from ep_runtime.errors import BuildError, ConfigError, ShapeError
+from ep_runtime.buffer import Buffer as EpBuffer
+from ep_runtime.errors import ConfigError, ShapeError
+from ep_runtime.integrations.deep_ep.place import Place
 
 
 class RankMask:
-    """Which ranks are masked: 1 masked, 0 active. One per Buffer, kept on the host."""
+    """Which ranks are masked: 1 masked, 0 active. One for all native buffers of a deep_ep Buffer.
 
-    def __init__(self, num_ranks: int, enabled: bool) -> None:
-        self._masked = [0] * num_ranks
-        self._enabled = enabled
+    The masks that count lie on the device, one in every native buffer; what the host was told is
+    kept for those that are still to be made.
+    """
 
-    @property
-    def masked(self) -> list[int]:
-        """Ranks that are masked, in order."""
-        return [rank for rank, masked in enumerate(self._masked) if masked]
+    def __init__(self, place: Place, enabled: bool) -> None:
+        self._place = place
+        self._told = [False] * place.world.num_ranks
+        self._buffers: list[EpBuffer] = []
+        self.enabled = enabled
+
+    def adopt(self, buffer: EpBuffer) -> None:
+        """A native buffer has been made: it takes the mask, now and from now on."""
+        self._buffers.append(buffer)
+        for rank, masked in enumerate(self._told):
+            if masked:
+                buffer.set_rank_mask(rank, True)
+
+    def forget(self) -> None:
+        """The native buffers are about to be closed."""
+        self._buffers.clear()
 
     def update(self, rank: int, mask: bool) -> None:
-        """Mask or unmask `rank`."""
+        """Mask or unmask `rank`, in stream order. Capturable."""
         self._check_enabled("low_latency_update_mask_buffer")
-        if type(rank) is not int or not 0 <= rank < len(self._masked):
+        if type(rank) is not int or not 0 <= rank < len(self._told):
             raise ShapeError(
-                f"rank_to_mask={rank!r}: it must be a rank, 0 to {len(self._masked) - 1}"
+                f"rank_to_mask={rank!r}: it must be a rank, 0 to {len(self._told) - 1}"
             )
-        self._masked[rank] = int(mask)
+        self._set({rank: bool(mask)})
 
     def query(self, status: torch.Tensor) -> None:
-        """Write the mask into `status`, int32 [R], contiguous."""
+        """Write the mask into `status`, int32 [R], contiguous, in stream order. Capturable."""
         self._check_enabled("low_latency_query_mask_buffer")
-        size = len(self._masked)
+        size = len(self._told)
         if status.dtype is not torch.int32 or status.shape != (size,):
             raise ShapeError(
                 f"mask_status is {list(status.shape)} {status.dtype}: it must be [{size}]"
                 " torch.int32"
             )
-        status.copy_(torch.tensor(self._masked, dtype=torch.int32))
+        if not self._buffers:
+            status.copy_(torch.tensor(self._told, dtype=torch.int32))
+            return
+        buffer = self._buffers[0]
+        with self._place.comm.here():
+            if status.device == buffer.device and status.is_contiguous():
+                buffer.rank_mask(status)
+            else:
+                status.copy_(buffer.rank_mask())
 
     def clean(self) -> None:
-        """Unmask all ranks."""
+        """Unmask all ranks, in stream order. Capturable."""
         self._check_enabled("low_latency_clean_mask_buffer")
-        self._masked = [0] * len(self._masked)
+        self._set(dict.fromkeys(range(len(self._told)), False))
 
-    def refuse_masked(self) -> None:
-        """Raise BuildError if a rank is masked: operations cannot leave ranks out yet."""
-        if self.masked:
-            raise BuildError(
-                f"ranks {self.masked} are masked: this version of ep_runtime cannot leave ranks out"
-                " of low-latency operations; call low_latency_clean_mask_buffer(), or build the"
-                " group without them"
-            )
+    def _set(self, masks: dict[int, bool]) -> None:
+        if not self._buffers:
+            self._note(masks)
+            return
+        if not self._place.capturing():  # a capture changes nothing yet
+            self._note(masks)
+        with self._place.comm.here():
+            for buffer in self._buffers:
+                for rank, masked in masks.items():
+                    buffer.set_rank_mask(rank, masked)
+
+    def _note(self, masks: dict[int, bool]) -> None:
+        for rank, masked in masks.items():
+            self._told[rank] = masked
 
     def _check_enabled(self, call: str) -> None:
-        if not self._enabled:
+        if not self.enabled:
             raise ConfigError(f"{call}() with enable_shrink=False: build the Buffer with it True")

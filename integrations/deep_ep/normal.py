@@ -8,10 +8,13 @@ from typing import Literal, TypeVar
 
 import torch
 
+from ep_runtime import env
+from ep_runtime.connect import host_id
 from ep_runtime.errors import ConfigError, ShapeError
 from ep_runtime.integrations.deep_ep.events import EventOverlap, check_async
 from ep_runtime.integrations.deep_ep.place import Place
 from ep_runtime.normal import Layout, NormalBuffer, NormalHandle, NormalReceived
+from ep_runtime.world import World
 
 T = TypeVar("T")
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -53,6 +56,50 @@ class DispatchHandle(tuple[torch.Tensor, ...]):
         return handle
 
 
+class InternodeHandle(DispatchHandle):
+    """DeepEP's handle of a dispatch between N nodes of G ranks, with one channel.
+
+    is_token_in_rank                     bool [T, R]
+    rdma_channel_prefix_matrix           int32 [N, 1]: tokens that this rank sends to each node
+    gbl_channel_prefix_matrix            int32 [R, 1]: tokens that this rank sends to each rank
+    recv_rdma_channel_prefix_matrix      int32 [N, 1]: zeros
+    recv_rdma_rank_prefix_sum            int32 [N]: rail rows from nodes 0 .. n
+    recv_gbl_channel_prefix_matrix       int32 [R, 1]: zeros
+    recv_gbl_rank_prefix_sum             int32 [R]: received rows from ranks 0 .. r
+    recv_src_meta                        int32 [rows]: token at its source of each received row
+    send_rdma_head                       int32 [T, N]: index among the tokens to that node, or -1
+    send_nvl_head                        int32 [rail rows, G]: the same within the node
+    """
+
+    @staticmethod
+    def make(layout: Layout, received: NormalReceived) -> DispatchHandle:
+        routing = received.handle
+        nodes = routing.nodes
+        assert nodes is not None, "a group that spans nodes"
+        rail, tokens = nodes.rail, layout.tokens_per_rank
+        node = nodes.node
+        rank = node * nodes.target.shape[1] + nodes.local
+        to_nodes = rail.prefix[node : node + 1].t().contiguous()
+        if node:
+            to_nodes = to_nodes - rail.prefix[node - 1].unsqueeze(1)
+        handle = InternodeHandle(
+            (
+                routing.is_token_in_rank,
+                to_nodes,
+                tokens.unsqueeze(1),
+                torch.zeros_like(to_nodes),
+                rail.prefix[:, node].contiguous(),
+                torch.zeros_like(tokens).unsqueeze(1),
+                routing.rank_prefix[:, rank].contiguous(),
+                received.source_token,
+                rail.position,
+                nodes.node_position,
+            )
+        )
+        handle.routing = routing
+        return handle
+
+
 class Normal:
     """All normal calls of one deep_ep Buffer. Dispatch and combine are collective."""
 
@@ -60,22 +107,43 @@ class Normal:
         self._place = place
         self._pool_bytes = pool_bytes
         self._buffer: NormalBuffer | None = None
+        self._ranks_per_node: int | None = None
+
+    @property
+    def ranks_per_node(self) -> int | None:
+        """Of a group that spans nodes; None where it does not. Found out by the first call."""
+        return self._ranks_per_node
 
     def layout(
         self, topk_idx: torch.Tensor, num_experts: int, flow: Flow
-    ) -> tuple[Layout, EventOverlap]:
-        """See Buffer.get_dispatch_layout."""
+    ) -> tuple[Layout, torch.Tensor | None, EventOverlap]:
+        """See Buffer.get_dispatch_layout: (layout, tokens per node or None, event)."""
         buffer = self._get(topk_idx, topk_idx.shape[0], DEFAULT_HIDDEN)
-        return self._run(
-            lambda: buffer.layout(topk_idx, num_experts),
+
+        def step() -> tuple[Layout, torch.Tensor | None]:
+            found = buffer.layout(topk_idx, num_experts)
+            return found, self._per_node(found)
+
+        (found, per_node), event = self._run(
+            step,
             flow,
             [topk_idx],
-            lambda found: [
-                found.tokens_per_rank,
-                found.tokens_per_expert,
-                found.is_token_in_rank,
+            lambda made: [
+                made[0].tokens_per_rank,
+                made[0].tokens_per_expert,
+                made[0].is_token_in_rank,
+                made[1],
             ],
         )
+        return found, per_node, event
+
+    def _per_node(self, found: Layout) -> torch.Tensor | None:
+        """int32 [N]: tokens that go to each node, each counted once."""
+        per_node = self._ranks_per_node
+        if per_node is None:
+            return None
+        goes = found.is_token_in_rank
+        return goes.view(-1, goes.shape[1] // per_node, per_node).any(2).sum(0, dtype=torch.int32)
 
     def dispatch(
         self,
@@ -104,7 +172,8 @@ class Normal:
                 num_worst_tokens=num_worst_tokens,
                 num_sms=num_sms,
             )
-            return received, DispatchHandle.make(layout, received)
+            kind = InternodeHandle if received.handle.nodes is not None else DispatchHandle
+            return received, kind.make(layout, received)
 
         (received, handle), event = self._run(
             step,
@@ -201,6 +270,7 @@ class Normal:
         told = [
             json.loads(text) for text in world.all_gather(json.dumps([tokens, hidden]).encode())
         ]
+        self._ranks_per_node = nodes_of(world)
         most_tokens, most_hidden = (max(column) for column in zip(*told, strict=True))
         backend: Literal["cuda", "host"] = "cuda" if device.type == "cuda" else "host"
         return NormalBuffer(
@@ -208,6 +278,7 @@ class Normal:
             max_tokens=max(MIN_TOKENS, 1 << (max(most_tokens, 1) - 1).bit_length()),
             max_hidden=max(most_hidden, DEFAULT_HIDDEN),
             pool_bytes=self._pool_bytes,
+            ranks_per_node=self._ranks_per_node,
             backend=backend,
             device=device if backend == "cuda" else None,
         )
@@ -223,6 +294,29 @@ class Normal:
                 f" most {buffer.config.max_tokens} of them; pass {buffer.num_ranks} times the most"
                 " tokens of any rank"
             )
+
+
+def nodes_of(world: World) -> int | None:
+    """Ranks of a node, if the group spans nodes: EP_RANKS_PER_NODE, or else the ranks of a host.
+    Collective. Raises ConfigError on every rank."""
+    card = json.dumps([host_id(), env.read().ranks_per_node])
+    told = [json.loads(text) for text in world.all_gather(card.encode())]
+    hosts = [host for host, _ in told]
+    asked = {given for _, given in told}
+    if len(asked) > 1:
+        raise ConfigError(
+            f"EP_RANKS_PER_NODE differs between ranks: {[given for _, given in told]}; set the same"
+        )
+    wanted: int | None = asked.pop()
+    if wanted is None:
+        wanted = hosts.count(hosts[0])
+        whole = [host for host in dict.fromkeys(hosts) for _ in range(wanted)]
+        if hosts != whole:
+            raise ConfigError(
+                f"the group's {len(hosts)} ranks are on {len(set(hosts))} hosts in no order of"
+                " nodes: give every host the same number of ranks, next to each other"
+            )
+    return wanted if wanted < world.num_ranks else None
 
 
 def _routing(handle: DispatchHandle) -> NormalHandle:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from any_order import Driver
-from gpus import num_gpus
+from gpus import OWN_PROCESS, num_gpus
 from mps import daemon, share_of
 
 from ep_runtime import Buffer, EpConfig, World, virtual_ranks
@@ -62,19 +62,22 @@ def walk(world: World, dispatch_format: DispatchFormat) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dispatch_format", ["bf16", "fp8"])
 def test_processes_that_choose_graphs_and_buckets_on_their_own(
-    dispatch_format: DispatchFormat,
+    dispatch_format: DispatchFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in OWN_PROCESS.items():
+        monkeypatch.setenv(name, value)
     require_own_ways(launch(walk, num_gpus(), dispatch_format, gpu_per_rank=True, timeout_s=110))
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="every process has a GPU here, above")
 def test_processes_that_share_the_gpu(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with daemon(tmp_path_factory.mktemp("mps")) as found:
-        for name, value in {**found, **share_of(2), "EP_MEMORY": "ipc"}.items():
+        for name, value in {**found, **OWN_PROCESS, **share_of(2), "EP_MEMORY": "ipc"}.items():
             monkeypatch.setenv(name, value)
         require_own_ways(launch(walk, 2, "fp8", gpu_per_rank=True, timeout_s=110))
 

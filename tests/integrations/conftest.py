@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +9,9 @@ import pytest
 import torch
 from deep_ep_ranks import RankPool
 from gpus import num_gpus
+from mps import daemon, share_of
 
-CONTROL = "nvidia-cuda-mps-control"
-PLACES = ["host-2", "host-4", pytest.param("cuda-2", marks=pytest.mark.gpu)]
+PLACES = ["host-2", "host-4", pytest.param("cuda-2", marks=[pytest.mark.gpu, pytest.mark.alone])]
 if num_gpus() > 2:
     PLACES.append(pytest.param(f"cuda-{num_gpus()}", marks=pytest.mark.multi))
 
@@ -27,15 +24,9 @@ def mps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     if torch.cuda.device_count() != 1:
         yield {}
         return
-    if shutil.which(CONTROL) is None:
-        pytest.skip(f"{CONTROL} is not installed, and one GPU serves two processes in turns only")
-    place = tmp_path_factory.mktemp("mps")
-    found = {"CUDA_MPS_PIPE_DIRECTORY": str(place), "CUDA_MPS_LOG_DIRECTORY": str(place)}
-    environment = {**os.environ, **found}
-    subprocess.run([CONTROL, "-d"], env=environment, check=True, timeout=20)
-    yield {**found, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "50"}
-    _stop("cuda-2")
-    subprocess.run([CONTROL], input="quit\n", text=True, env=environment, check=True, timeout=20)
+    with daemon(tmp_path_factory.mktemp("mps")) as found:
+        yield {**found, **share_of(2)}
+        _stop("cuda-2")
 
 
 def _stop(name: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gpus import OWN_PROCESS
 from torch.distributed import TCPStore
 
 REPLY_TIMEOUT_S = 90.0
@@ -114,7 +115,7 @@ def _work(
     on_gpu: bool,
     environment: dict[str, str] | None,
 ) -> None:
-    os.environ.update(environment or {})
+    os.environ.update({**OWN_PROCESS, **(environment or {})})
     torch.set_num_threads(1)
     device = torch.device("cpu")
     if on_gpu:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from deep_ep_ranks import Rank, RankPool
-from low_latency_cases import Format, combine, dispatch, open_buffer
+from low_latency_cases import Format, check_received, combine, dispatch, open_buffer
 from normal_cases import Flow, tokens
 from normal_cases import dispatch as normal_dispatch
 from normal_cases import open_buffer as open_normal
@@ -50,6 +50,27 @@ def test_a_rank_that_stays_away_is_named(impatient: RankPool, seed: int, mode: s
     assert peer == 1
     assert "rank 1" in text
     assert BUDGET_S * 0.9 < took < BUDGET_S + 3
+
+
+def shrunk(rank: Rank, seed: int) -> None:
+    """Rank 1 stays away for good: rank 0 masks it and goes on."""
+    buffer = open_buffer(rank, SIZES, enable_shrink=True)
+    combine(rank, buffer, dispatch(rank, buffer, SIZES, seed, Format(), "plain"))
+    rank.barrier()
+    if rank.rank == 1:
+        return
+    with pytest.raises(PeerTimeout) as raised:
+        dispatch(rank, buffer, SIZES, seed, Format(), "plain")
+    buffer.low_latency_update_mask_buffer(raised.value.peer, True)
+    buffer.clean_low_latency_buffer(SIZES.max_tokens, SIZES.hidden, SIZES.num_experts)
+    for turn in range(3):
+        sent = dispatch(rank, buffer, SIZES, seed + turn, Format(), "hook", masked={1})
+        check_received(rank, sent)
+        combine(rank, buffer, sent, "hook")
+
+
+def test_the_other_goes_on_without_a_rank_that_is_gone(impatient: RankPool, seed: int) -> None:
+    impatient.run(shrunk, seed)
 
 
 def normal_timed_out(rank: Rank, seed: int) -> tuple[int, float] | None:

@@ -295,5 +295,6 @@ def captured(rank: Rank, seed: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_captured_worst_case_mode(gpu_pair: RankPool, seed: int) -> None:
     gpu_pair.run(captured, seed)

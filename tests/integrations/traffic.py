@@ -5,6 +5,7 @@ Every rank draws the inputs of all ranks from the same seed, so it knows what mu
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,19 @@ def draw(seed: int, sizes: Sizes, num_ranks: int, *, full: bool = False) -> list
         weights = torch.rand((rows, sizes.topk), generator=rng)
         drawn.append(Tokens(x.bfloat16(), idx, weights))
     return drawn
+
+
+def without(everyone: list[Tokens], sizes: Sizes, masked: Collection[int]) -> list[Tokens]:
+    """The tokens as they count where some ranks are masked."""
+    owner_size = sizes.num_experts // len(everyone)
+    counted = []
+    for rank, tokens in enumerate(everyone):
+        idx = tokens.topk_idx.clone()
+        for peer in masked:
+            idx[idx // owner_size == peer] = -1
+        end = 0 if rank in masked else len(idx)
+        counted.append(Tokens(tokens.x[:end], idx[:end], tokens.weights[:end]))
+    return counted
 
 
 def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:

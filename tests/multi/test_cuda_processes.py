@@ -25,7 +25,7 @@ from support import (
 
 from ep_runtime import ConfigError, EpConfig, PeerTimeout, reference
 
-pytestmark = pytest.mark.multi
+pytestmark = [pytest.mark.multi, pytest.mark.alone]
 
 CONFIG = EpConfig(num_experts=16, topk=4, hidden=512, max_tokens=24)
 RANKS = num_gpus()

@@ -22,7 +22,7 @@ from support import (
 
 from ep_runtime import EpConfig, reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")

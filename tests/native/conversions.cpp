@@ -24,6 +24,12 @@ void bf16_to_floats(const uint16_t* in, int n, float* out) {
 void quantise(int portable, const uint16_t* row, int n, uint8_t* values, float* scales) {
     math(portable).quantise(row, n, values, scales, /*round_scale=*/false);
 }
+void quantise_sum(int portable, const float* sum, int n, uint8_t* values, float* scales) {
+    math(portable).quantise_sum(sum, n, values, scales);
+}
+void add_fp8(int portable, const uint8_t* values, const float* scales, int n, float* sum) {
+    math(portable).add_fp8(values, scales, n, sum);
+}
 void multiply_add(int portable, float weight, const uint16_t* row, int n, float* sum) {
     math(portable).multiply_add(weight, row, n, sum);
 }

@@ -4,96 +4,107 @@
 // The emulator's names must be known before any device code.
 #include "emulator/emulator.h"
 //
-#include "cuda/begin.cuh"
+#include "cuda/combine_fp8.cuh"
 #include "cuda/combine_halves.cuh"
 #include "cuda/dispatch_recv.cuh"
 #include "cuda/dispatch_send.cuh"
 
 namespace ep {
 
-template <class Args>
-uint64_t begin_as(const View& view, Op op) {
-    Args args{};
-    args.view = view;
-    return begin(args, op);
-}
-
 // The kernels' bodies, for one rank (csrc/cuda/dispatch_kernels.cuh and the .cu files).
 struct Emulated {
     View view;
-    int grid;
+    int grid;  // at least three
+
+    template <class Args>
+    Turn begin_as(Op op) const {
+        Args args{};
+        args.view = view;
+        return begin(args, op);
+    }
+    int send_ctas() const { return std::max(1, (grid - 1) / 3); }  // of a combine
 
     template <bool kQuantise, int kRowVectors>
-    void send(const SendInput& in, uint64_t epoch, uint8_t* smem) const {
+    void send(const SendInput& in, const Turn& turn, uint8_t* smem) const {
         const int stretch = std::max(1, (in.num_tokens + grid - 2) / (grid - 1));
-        dispatch_send<kQuantise, kRowVectors>(view, in, stretch, epoch, smem);
+        dispatch_send<kQuantise, kRowVectors>(view, in, stretch, turn, smem);
     }
     template <bool kQuantise>
-    void send_as(const SendInput& in, uint64_t epoch, uint8_t* smem) const {
+    void send_as(const SendInput& in, const Turn& turn, uint8_t* smem) const {
         const int vectors = static_cast<int>(ceil_div(view.input_vectors, kStagingThreads));
-        if (vectors <= 1) return send<kQuantise, 1>(in, epoch, smem);
-        if (vectors <= 2) return send<kQuantise, 2>(in, epoch, smem);
-        return send<kQuantise, 5>(in, epoch, smem);
+        if (vectors <= 1) return send<kQuantise, 1>(in, turn, smem);
+        if (vectors <= 2) return send<kQuantise, 2>(in, turn, smem);
+        return send<kQuantise, 5>(in, turn, smem);
     }
-    void send(const SendInput& in, uint64_t epoch, uint8_t* smem) const {
-        if (in.wire == Wire::kFp8) return send_as<true>(in, epoch, smem);
-        send_as<false>(in, epoch, smem);
+    void send(const SendInput& in, const Turn& turn, uint8_t* smem) const {
+        if (in.wire == Wire::kFp8) return send_as<true>(in, turn, smem);
+        send_as<false>(in, turn, smem);
     }
     emulator::Launch launch(std::function<void(uint8_t*)> body) const {
         const int64_t shared = std::max(SendScratch::bytes(view), RecvScratch::bytes(view));
         return {grid, kThreads, shared, std::move(body)};
     }
+    emulator::Launch launch_combine(std::function<void(uint8_t*)> body) const {
+        return {grid, kCombineThreads, 0, std::move(body)};
+    }
     emulator::Launch dispatch_send_kernel(SendInput in) const {
         return launch([=, this](uint8_t* smem) {
-            const uint64_t epoch = begin_as<DispatchSendArgs>(view, Op::kDispatch);
-            send(in, epoch, smem);
+            send(in, begin_as<DispatchSendArgs>(Op::kDispatch), smem);
         });
     }
     emulator::Launch dispatch_recv_kernel(RecvTarget target) const {
         return launch([=, this](uint8_t* smem) {
-            dispatch_recv(view, target, begin_as<DispatchRecvArgs>(view, Op::kDispatch), smem);
+            dispatch_recv(view, target, begin_as<DispatchRecvArgs>(Op::kDispatch), smem);
         });
     }
     emulator::Launch dispatch_fused_kernel(SendInput in, RecvTarget target) const {
         return launch([=, this](uint8_t* smem) {
-            const uint64_t epoch = begin_as<DispatchFusedArgs>(view, Op::kDispatch);
-            send(in, epoch, smem);
+            const Turn turn = begin_as<DispatchFusedArgs>(Op::kDispatch);
+            send(in, turn, smem);
             __syncthreads();
-            dispatch_recv(view, target, epoch, smem);
+            dispatch_recv(view, target, turn, smem);
         });
     }
-    template <int kInFlight>
-    void combine_fused(const CombineInput& in, const CombineOutput& out, uint64_t epoch) const {
-        if (in.late_weights) return combine_fused_with<kInFlight, Weights::kLate>(in, out, epoch);
-        combine_fused_with<kInFlight, Weights::kKnown>(in, out, epoch);
-    }
-    // The kernel without loops wants a CTA for every part of a token; for messages it does not.
-    template <int kInFlight, Weights kWeights>
-    void combine_fused_with(const CombineInput& in, const CombineOutput& out,
-                            uint64_t epoch) const {
-        if (out.num_tokens * view.parts <= grid) {
-            combine_once<kInFlight, kWeights>(view, in, out, epoch);
-        } else {
-            combine_both<kInFlight, kWeights>(view, in, out, epoch);
-        }
+    // Calls `step` with how the sums of a combine travel.
+    template <class Step>
+    static void as(Wire wire, Step step) {
+        if (wire == Wire::kFp8) return step(Fp8Sums{});
+        step(Bf16Sums{});
     }
     emulator::Launch combine_send_kernel(CombineInput in) const {
-        return launch([=, this](uint8_t*) {
-            const uint64_t epoch = begin_as<CombineSendArgs>(view, Op::kCombine);
-            if (in.late_weights) return combine_send<Weights::kLate>(view, in, epoch);
-            combine_send<Weights::kKnown>(view, in, epoch);
+        return launch_combine([=, this](uint8_t*) {
+            const Turn turn = begin_as<CombineSendArgs>(Op::kCombine);
+            as(in.wire, [&]<class Sums>(Sums) {
+                if (in.late_weights) {
+                    combine_send<Sums, Weights::kLate>(view, in, turn);
+                } else {
+                    combine_send<Sums, Weights::kKnown>(view, in, turn);
+                }
+            });
         });
     }
     emulator::Launch combine_recv_kernel(CombineOutput out) const {
-        return launch([=, this](uint8_t*) {
-            combine_recv<2>(view, out, begin_as<CombineRecvArgs>(view, Op::kCombine));
+        return launch_combine([=, this](uint8_t*) {
+            const Turn turn = begin_as<CombineRecvArgs>(Op::kCombine);
+            as(out.wire, [&]<class Sums>(Sums) { combine_recv<Sums, 2>(view, out, turn); });
         });
     }
+    template <class Sums, int kInFlight>
+    void combine_fused(const CombineInput& in, const CombineOutput& out, const Turn& turn) const {
+        const int send = send_ctas();
+        if (in.late_weights) {
+            combine_both<Sums, kInFlight, Weights::kLate>(view, in, out, send, turn);
+        } else {
+            combine_both<Sums, kInFlight, Weights::kKnown>(view, in, out, send, turn);
+        }
+    }
     emulator::Launch combine_fused_kernel(CombineInput in, CombineOutput out) const {
-        return launch([=, this](uint8_t*) {
-            const uint64_t epoch = begin_as<CombineFusedArgs>(view, Op::kCombine);
-            if (view.num_ranks <= 2) return combine_fused<1>(in, out, epoch);
-            combine_fused<2>(in, out, epoch);
+        return launch_combine([=, this](uint8_t*) {
+            const Turn turn = begin_as<CombineFusedArgs>(Op::kCombine);
+            as(in.wire, [&]<class Sums>(Sums) {
+                if (view.num_ranks <= 2) return combine_fused<Sums, 1>(in, out, turn);
+                combine_fused<Sums, 2>(in, out, turn);
+            });
         });
     }
 };

@@ -4,7 +4,8 @@
 //   compact; 0 BF16, 1 FP8, 2 opaque)
 //
 // Dispatches and combines on two chains in any order, fused and split, with other numbers of tokens
-// on every rank and entries that are missing, out of range or repeated.
+// on every rank and entries that are missing, out of range or repeated. Ranks are masked and
+// unmasked on the way; combines travel as BF16 or FP8.
 #include "checks.h"
 #include "emulated_kernels.h"
 #include "host/host_rank.h"
@@ -16,7 +17,7 @@ namespace {
 using namespace ep;
 
 constexpr int kChains = 2;
-constexpr int kSteps = 14;  // operations
+constexpr int kSteps = 10;  // operations
 constexpr int kMaxTokensHere = 5;
 constexpr int kAlignment = 4;
 constexpr uint64_t kBudgetNs = 100'000'000'000ull;
@@ -190,6 +191,16 @@ struct Test {
 
     bool chance(unsigned of) { return random() % of == 0; }
 
+    // On every rank, the masked ones included: those go on calling, to no effect.
+    void change_mask() {
+        const int peer = static_cast<int>(random() % static_cast<unsigned>(shape.num_ranks));
+        const bool masked = chance(3);
+        for (int r = 0; r < shape.num_ranks; ++r) {
+            hosts[r]->set_rank_mask(peer, masked);
+            *contexts[r].mask() = hosts[r]->read_rank_mask();
+        }
+    }
+
     std::unique_ptr<Use> dispatch(int chain, bool fused) {
         const auto num_ranks = static_cast<size_t>(shape.num_ranks);
         auto use = std::make_unique<Use>();
@@ -232,6 +243,7 @@ struct Test {
 
     void combine(int chain, bool fused, Use& use) {
         const auto num_ranks = static_cast<size_t>(shape.num_ranks);
+        const Wire wire = shape.combine == Wire::kBf16 && chance(2) ? Wire::kFp8 : shape.combine;
         fused |= use.late;  // split, the sends of one thread would wait for each other
         std::normal_distribution<float> normal;
         std::vector<std::vector<uint16_t>> y(num_ranks), mine(num_ranks), right(num_ranks);
@@ -244,7 +256,8 @@ struct Test {
             for (float& w : tables[r].weights) w = normal(random);
         }
         const auto from = [&](size_t r, std::vector<Output>& outputs) {
-            return CombineInput{.y = y[r].data(),
+            return CombineInput{.wire = wire,
+                                .y = y[r].data(),
                                 .row_stride = shape.hidden,
                                 .late_weights = use.late,
                                 .weights = tables[r].weights.data(),
@@ -252,7 +265,8 @@ struct Test {
                                 .routing = outputs[r].route(shape)};
         };
         const auto out = [&](size_t r, std::vector<uint16_t>& rows, std::vector<Output>& outputs) {
-            return CombineOutput{.out = rows.data(),
+            return CombineOutput{.wire = wire,
+                                 .out = rows.data(),
                                  .num_tokens = use.inputs[r].num_tokens,
                                  .num_valid = &use.inputs[r].num_valid,
                                  .wait_ns = outputs[r].wait_ns.data(),
@@ -293,6 +307,7 @@ struct Test {
         std::vector<std::unique_ptr<Use>> uses[kChains];
         for (int i = 0; i < kSteps; ++i) {
             const int chain = static_cast<int>(random() % kChains);
+            if (chance(4)) change_mask();
             auto& known = uses[chain];
             if (known.empty() || chance(2)) {
                 known.push_back(dispatch(chain, chance(2)));
@@ -375,7 +390,8 @@ int main(int argc, char** argv) {
                       .num_chains = kChains,
                       .wire = wire,
                       .opaque_row_bytes = opaque ? argument(4) / 2 + 16 : 0,
-                      .opaque_scales = opaque ? 13 : 0};
+                      .opaque_scales = opaque ? 13 : 0,
+                      .combine = argument(7) % 2 == 0 ? Wire::kBf16 : Wire::kFp8};
     CHECK(invalid_reason(shape) == nullptr);
     const auto format = static_cast<Format>(argument(1));
     const int grid = argument(6);

@@ -13,140 +13,14 @@
 #include "cuda/normal_counts.cuh"
 #include "cuda/normal_dispatch.cuh"
 #include "host/normal_rank.h"
+#include "normal_data.h"
 
 #include <functional>
 #include <thread>
 
 namespace {
 
-using namespace ep;
-using normal::BlockLayout;
-using normal::ControlLayout;
-using normal::InboxLayout;
-using normal::State;
-
 constexpr int kRoundsHere = 3;
-constexpr int kAlignment = 8;
-constexpr int kPadding = 5;  // rows of a block beyond those that come
-constexpr uint64_t kBudgetNs = 100'000'000'000ull;
-
-struct Sizes {
-    int num_ranks, num_experts, row_bytes, num_scales, topk, max_tokens;
-
-    int hidden() const { return row_bytes / 2; }
-    int local_experts() const { return num_experts / num_ranks; }
-    int64_t most_rows() const { return int64_t{num_ranks} * max_tokens + kPadding; }
-    int64_t block_bytes() const {
-        return BlockLayout::make(most_rows(), row_bytes, num_scales, topk).bytes;
-    }
-    int64_t data_bytes() const {
-        return normal::kLine + block_bytes() + InboxLayout::make(most_rows(), hidden(), topk).bytes;
-    }
-};
-
-// The memory of all ranks of one backend.
-struct World {
-    std::vector<Memory> control, data, locals;
-    std::vector<FaultBoard> faults;
-    std::vector<uintptr_t> controls, datas;
-
-    explicit World(const Sizes& s) : faults(static_cast<size_t>(s.num_ranks)) {
-        for (int r = 0; r < s.num_ranks; ++r) {
-            control.push_back(zeroed(ControlLayout::make(s.num_ranks, s.num_experts).bytes));
-            data.push_back(zeroed(s.data_bytes()));
-            std::memset(data.back().get(), 0xab, static_cast<size_t>(s.data_bytes()));
-            locals.push_back(zeroed(sizeof(State)));
-            controls.push_back(reinterpret_cast<uintptr_t>(control.back().get()));
-            datas.push_back(reinterpret_cast<uintptr_t>(data.back().get()));
-            state(r).budget_ns = kBudgetNs;
-        }
-    }
-    State& state(int r) const { return *reinterpret_cast<State*>(locals[r].get()); }
-    uintptr_t local_of(int r) const { return reinterpret_cast<uintptr_t>(locals[r].get()); }
-    uintptr_t faults_of(int r) { return reinterpret_cast<uintptr_t>(&faults[r]); }
-};
-
-// What one rank brings; the row stride is longer than the row, scales lie column by column.
-struct Input {
-    int num_tokens = 0;
-    int64_t stride = 0;
-    std::vector<uint8_t> x;
-    std::vector<uint32_t> scales;
-    std::vector<int64_t> wide;
-    std::vector<int32_t> narrow;
-    std::vector<float> weights;
-    std::vector<uint16_t> bias[2];
-
-    NormalRoutes routes(int topk, bool use_wide, bool with_experts) const {
-        const void* idx = use_wide ? static_cast<const void*>(wide.data()) : narrow.data();
-        return {with_experts ? idx : nullptr, use_wide ? 8 : 4, weights.data(), topk};
-    }
-    NormalRows rows(const Sizes& s) const {
-        return {x.data(), stride,       s.row_bytes,  scales.data(),
-                1,        s.max_tokens, s.num_scales, num_tokens};
-    }
-};
-
-void draw_bf16(std::mt19937& random, std::vector<uint16_t>& to, int64_t count) {
-    std::normal_distribution<float> normal;
-    to.resize(static_cast<size_t>(count));
-    for (uint16_t& v : to) v = float_to_bf16(normal(random));
-}
-
-Input draw(const Sizes& s, std::mt19937& random) {
-    Input in;
-    in.num_tokens = static_cast<int>(random() % static_cast<unsigned>(s.max_tokens + 1));
-    in.stride = s.row_bytes + 32;
-    in.x.resize(static_cast<size_t>(in.stride) * s.max_tokens);
-    for (uint8_t& v : in.x) v = static_cast<uint8_t>(random());
-    in.scales.resize(static_cast<size_t>(s.max_tokens) * s.num_scales + 1);
-    for (uint32_t& v : in.scales) v = static_cast<uint32_t>(random());
-    std::normal_distribution<float> normal;
-    for (int i = 0; i < s.max_tokens * s.topk; ++i) {
-        const auto luck = random() % 16;
-        const bool lonely = i / s.topk % 7 == 3;  // a token that goes nowhere
-        int32_t expert = static_cast<int32_t>(random() % static_cast<unsigned>(s.num_experts));
-        if (luck == 0) expert = s.num_experts + 3;
-        if (luck == 1) expert = -7;
-        if (luck == 2 || lonely) expert = -1;
-        in.narrow.push_back(expert);
-        in.wide.push_back(expert);
-        in.weights.push_back(normal(random));
-    }
-    for (auto& bias : in.bias) draw_bf16(random, bias, int64_t{s.max_tokens} * s.hidden());
-    return in;
-}
-
-// What layout and notify write for one rank, poisoned before.
-struct Tables {
-    std::vector<int32_t> per_rank, per_expert, prefix, position, recv_counts, host_counts;
-    std::vector<uint8_t> goes;
-
-    explicit Tables(const Sizes& s)
-        : per_rank(s.num_ranks, -7),
-          per_expert(s.num_experts, -7),
-          prefix(s.num_ranks * s.num_ranks, -7),
-          position(s.max_tokens * s.num_ranks, -7),
-          recv_counts(s.local_experts(), -7),
-          host_counts(s.local_experts() + 4, -7),
-          goes(s.max_tokens * s.num_ranks, 0xab) {}
-    NormalLayout layout() { return {per_rank.data(), per_expert.data(), goes.data()}; }
-    NormalTables tables() { return {prefix.data(), position.data()}; }
-    int received(const Sizes& s, int rank) const {
-        return prefix[(s.num_ranks - 1) * s.num_ranks + rank];
-    }
-    bool operator==(const Tables&) const = default;
-};
-
-struct Combined {
-    std::vector<uint16_t> out;
-    std::vector<float> weights;
-
-    explicit Combined(const Sizes& s)
-        : out(static_cast<size_t>(s.max_tokens) * s.hidden(), 0xabab),
-          weights(static_cast<size_t>(s.max_tokens) * s.topk, -7.0f) {}
-    bool operator==(const Combined&) const = default;
-};
 
 struct Test {
     Sizes s;
@@ -180,9 +54,9 @@ struct Test {
         emulator::run(launches, random);
     }
 
+    static FastDiv divisor(int n) { return FastDiv::by(static_cast<uint32_t>(std::max(1, n))); }
+
     emulator::Launch layout_kernel(int r, const Input& in, bool wide, Tables& to) {
-        std::fill(to.per_rank.begin(), to.per_rank.end(), 0);  // the launcher's memsets
-        std::fill(to.per_expert.begin(), to.per_expert.end(), 0);
         const normal::LayoutArgs args{
             .routes = in.routes(s.topk, wide, true),
             .num_tokens = in.num_tokens,
@@ -210,23 +84,28 @@ struct Test {
     }
     emulator::Launch dispatch_kernel(int r, const Input& in, const NormalRoutes& routes, Tables& t,
                                      int64_t rows, bool exact) {
-        const normal::DispatchArgs args{.rows = in.rows(s),
-                                        .routes = routes,
-                                        .tables = t.tables(),
-                                        .pieces = normal::Pieces::make(s.row_bytes),
-                                        .local_experts = s.local_experts(),
-                                        .block_offset = normal::kLine,
-                                        .block_rows = rows,
-                                        .exact = exact,
-                                        .group = groups[r]};
-        return {grid, 32 * normal::kDispatchWarps, normal::DispatchScratch::bytes(s.num_ranks),
+        const normal::DispatchArgs args{
+            .rows = in.rows(s),
+            .routes = routes,
+            .tables = t.tables(),
+            .pieces = normal::Pieces::make(s.row_bytes, normal::kSendBytes),
+            .scales = normal::ScaleUnits::make(in.rows(s)),
+            .by_topk = divisor(routes.topk),
+            .local_experts = s.local_experts(),
+            .block_offset = normal::kLine,
+            .block_rows = rows,
+            .exact = exact,
+            .group = groups[r]};
+        return {grid, normal::kDispatchThreads, normal::DispatchScratch::bytes(s.num_ranks),
                 [=](uint8_t* smem) { normal::dispatch(args, smem); }};
     }
     emulator::Launch combine_kernel(int r, const NormalCombine& work, Tables& t) {
-        const normal::CombineArgs args{.work = work,
-                                       .tables = t.tables(),
-                                       .pieces = normal::Pieces::make(s.row_bytes),
-                                       .group = groups[r]};
+        const normal::CombineArgs args{
+            .work = work,
+            .tables = t.tables(),
+            .pieces = normal::Pieces::make(s.row_bytes, normal::kSendBytes),
+            .parts = normal::Pieces::make(s.row_bytes, normal::kReduceBytes),
+            .group = groups[r]};
         return {grid, normal::kCombineThreads, normal::CombineScratch::bytes(s.num_ranks),
                 [=](uint8_t* smem) { normal::combine(args, smem); }};
     }
@@ -245,9 +124,32 @@ struct Test {
         }
     }
 
-    void round() {
+    // Rows that follow each other no longer do so at their destination, as where a node passes on
+    // what several sources sent.
+    void scatter(const std::vector<Input>& inputs, std::vector<Tables>& mine,
+                 std::vector<Tables>& right) {
+        for (size_t r = 0; r < mine.size(); ++r) {
+            int32_t* ours = mine[r].tables().send_position;
+            int32_t* theirs = right[r].tables().send_position;
+            for (int d = 0; d < s.num_ranks; ++d) {
+                std::vector<int32_t> at, positions;
+                for (int t = 0; t < inputs[r].num_tokens; ++t) {
+                    const int32_t i = t * s.num_ranks + d;
+                    if (ours[i] < 0) continue;
+                    at.push_back(i);
+                    positions.push_back(ours[i]);
+                }
+                std::shuffle(positions.begin(), positions.end(), random);
+                for (size_t j = 0; j < at.size(); ++j) {
+                    ours[at[j]] = theirs[at[j]] = positions[j];
+                }
+            }
+        }
+    }
+
+    void round(int number) {
         const auto num_ranks = static_cast<size_t>(s.num_ranks);
-        const bool wide = chance(2), exact = chance(2), with_experts = !chance(4);
+        const bool wide = chance(2), exact = number % 2 == 0, with_experts = !chance(4);
         std::vector<Input> inputs;
         std::vector<Tables> mine(num_ranks, Tables(s)), right(num_ranks, Tables(s));
         for (size_t r = 0; r < num_ranks; ++r) inputs.push_back(draw(s, random));
@@ -262,6 +164,7 @@ struct Test {
         on_devices(s.num_ranks, [&](int r) { return layout_kernel(r, inputs[r], wide, mine[r]); });
         on_devices(s.num_ranks, [&](int r) { return notify_kernel(r, inputs[r], mine[r]); });
         for (size_t r = 0; r < num_ranks; ++r) CHECK(mine[r] == right[r]);
+        if (chance(2)) scatter(inputs, mine, right);
 
         const auto rows = [&](int r) { return right[r].received(s, r) + (exact ? 0 : kPadding); };
         const auto routes = [&](int r) { return inputs[r].routes(s.topk, wide, with_experts); };
@@ -355,13 +258,49 @@ void check_small_block(const Sizes& s, int grid) {
             ++counted;
             CHECK(fault.expected == static_cast<uint64_t>(room) && fault.seen > fault.expected);
         }
-        CHECK(test.device.state(r).dispatched == 0 && test.device.state(r).tickets[0] == 0);
+        CHECK(test.device.state(r).dispatched == 0);
+        for (const uint32_t ticket : test.device.state(r).tickets) CHECK(ticket == 0);
     }
     CHECK(counted >= 1);
     // Nothing was written behind the rows: the scales come there, within the block's last line.
     const auto block = BlockLayout::make(room, s.row_bytes, s.num_scales, s.topk);
     const uint8_t* end = test.device.data[victim].get() + normal::kLine + block.bytes;
     for (int i = 0; i < normal::kLine; ++i) CHECK(end[i] == 0xab);
+}
+
+// A rank that announces what no rank can have: everybody names it, and takes nothing of it.
+void check_damaged_counts(const Sizes& s, int grid) {
+    for (const int32_t damaged : {-1, normal::kMaxTokensPerRank + 1}) {
+        Test test(s, grid, 3);
+        const int culprit = s.num_ranks - 1;
+        std::vector<Input> inputs;
+        std::vector<Tables> tables(static_cast<size_t>(s.num_ranks), Tables(s));
+        for (int r = 0; r < s.num_ranks; ++r) inputs.push_back(draw(s, test.random));
+        test.on_devices(s.num_ranks,
+                        [&](int r) { return test.layout_kernel(r, inputs[r], true, tables[r]); });
+        tables[culprit].per_rank[0] = damaged;
+        const Tables before = tables[0];
+        for (int r = 0; r < s.num_ranks; ++r) test.device.state(r).budget_ns = 200'000'000;
+        test.on_devices(s.num_ranks,
+                        [&](int r) { return test.notify_kernel(r, inputs[r], tables[r]); });
+        int counted = 0;
+        for (int r = 0; r < s.num_ranks; ++r) {
+            const Fault& fault = test.device.faults[r].fatal;
+            const auto code = static_cast<FaultCode>(fault.code);
+            CHECK(code == FaultCode::kCount || code == FaultCode::kAborted);
+            CHECK(fault.op == static_cast<uint32_t>(Op::kNormalNotify));
+            CHECK(fault.peer == culprit);
+            if (code == FaultCode::kCount) {
+                ++counted;
+                CHECK(fault.expected == static_cast<uint64_t>(normal::kMaxTokensPerRank));
+                CHECK(fault.seen == static_cast<uint32_t>(damaged));
+            }
+            CHECK(test.device.state(r).notified == 0);
+        }
+        CHECK(counted >= 1);
+        CHECK(tables[0].prefix == before.prefix && tables[0].recv_counts == before.recv_counts);
+        CHECK(tables[0].host_counts == before.host_counts);
+    }
 }
 
 // A rank that never comes: the others name it, tell each other, and end; so does what follows.
@@ -428,10 +367,11 @@ int main(int argc, char** argv) {
     const Sizes sizes{argument(1), argument(2), argument(3), argument(4), argument(5), argument(6)};
     const int grid = argument(7);
     Test test(sizes, grid, static_cast<unsigned>(argument(8)));
-    for (int i = 0; i < kRoundsHere; ++i) test.round();
+    for (int i = 0; i < kRoundsHere; ++i) test.round(i);
     test.compare_state(kRoundsHere);
     if (sizes.num_ranks > 1 && sizes.num_ranks < 6) {
         check_small_block(sizes, grid);
+        check_damaged_counts(sizes, grid);
         check_absent_rank(sizes, grid);
     }
     std::puts("the kernels' steps and the host backend agree");

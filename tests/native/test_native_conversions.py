@@ -147,6 +147,37 @@ def test_quantised_rows_are_torchs(lib: ctypes.CDLL, portable: int) -> None:
 
 
 @pytest.mark.parametrize("portable", [0, 1], ids=["fastest", "portable"])
+def test_sums_travel_as_torchs_fp8(lib: ctypes.CDLL, portable: int) -> None:
+    """Of any size: no group is too small for its scale but those below 1e-30."""
+    sizes = torch.ldexp(torch.ones(1500), torch.randint(-110, 110, (1500,)))
+    sums = torch.cat([torch.randn(1500, 128) * sizes[:, None], rows_to_quantise().float()])
+    values = torch.full(sums.shape, 0x55, dtype=torch.uint8)
+    scales = torch.full((sums.shape[0],), 7.0)
+    lib.quantise_sum(portable, address(sums), sums.numel(), address(values), address(scales))
+    amax = torch.where(sums.isnan(), 0.0, sums.abs()).amax(1).clamp(min=1e-30)
+    most = torch.full_like(amax, 448.0)
+    scaled = sums * (most / amax)[:, None]
+    nan = scaled.isnan()
+    assert torch.equal(values[~nan], torch_fp8(scaled)[~nan])
+    assert bool((values[nan] & 0x7F == 0x7F).all())
+    assert torch.equal(scales, amax / most)
+
+
+@pytest.mark.parametrize("portable", [0, 1], ids=["fastest", "portable"])
+def test_every_fp8_value_is_added_times_its_scale(lib: ctypes.CDLL, portable: int) -> None:
+    values = torch.arange(256, dtype=torch.uint8)
+    scales = torch.tensor([0.5, 4.0])
+    start = torch.randint(-64, 64, (256,)).float()
+    added = start.clone()
+    lib.add_fp8(portable, address(values), address(scales), 256, address(added))
+    exact = start + values.view(FP8).float() * scales.repeat_interleave(128)
+    nan = exact.isnan()
+    assert int(nan.sum()) == 2
+    assert torch.equal(added.isnan(), nan)
+    assert torch.equal(added[~nan], exact[~nan])
+
+
+@pytest.mark.parametrize("portable", [0, 1], ids=["fastest", "portable"])
 def test_sums_are_rounded_once(lib: ctypes.CDLL, portable: int) -> None:
     n = 4096 + 3  # vector loops have a rest
     row = (torch.rand(n) * 2 - 1).to(torch.bfloat16)
@@ -156,7 +187,8 @@ def test_sums_are_rounded_once(lib: ctypes.CDLL, portable: int) -> None:
     lib.add(portable, address(row), n, address(added))
     assert torch.equal(added, start + row.float())
 
-    weight = torch.rand(()) + 0.5
+    # Its last bit is set: products are longer than a float32 for certain.
+    weight = ((torch.rand(()) + 0.5).view(torch.int32) | 1).view(torch.float32)
     fused = start.clone()
     lib.multiply_add(portable, ctypes.c_float(float(weight)), address(row), n, address(fused))
     # Sizes are so alike that float64 holds the sum exactly; rounding the product first is wrong.

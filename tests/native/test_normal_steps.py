@@ -29,7 +29,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(3, 6, 256, 0, 9, 20, 4, id="three ranks, more than eight choices"),
         pytest.param(5, 10, 256, 1, 32, 7, 3, id="five ranks, most choices"),
         pytest.param(2, 8, 16384, 3, 4, 5, 2, id="rows in several pieces"),
-        pytest.param(2, 4, 256, 0, 2, 600, 2, id="more rows than a combine has chunks"),
+        pytest.param(2, 8, 512, 4, 4, 9, 20, id="scales four at a time, two senders a CTA"),
+        pytest.param(2, 8, 16384, 0, 4, 40, 66, id="one sender a CTA"),
+        pytest.param(2, 4, 256, 0, 2, 4000, 2, id="more rows than a combine has chunks"),
     ],
 )
 def test_steps_give_the_host_backends_bytes(

@@ -57,7 +57,9 @@ def to_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.cpu().clone()
 
 
-def snapshot(received: NormalReceived) -> Rows:
+def snapshot(buffer: NormalBuffer, received: NormalReceived) -> Rows:
+    """Copies of all that was received, once it is there."""
+    finish(buffer)
     handle = received.handle
     values = [
         to_cpu(getattr(received, name))
@@ -91,15 +93,17 @@ def rows_of(buffer: NormalBuffer, tokens: RankTokens, extra: int = 0) -> Any:
 
 def poison(buffer: NormalBuffer) -> None:
     """Overwrite this rank's whole data heap. No operation may be in flight on any rank."""
-    buffer._heap.view(0, buffer.heap_sizes.total, None).fill_(POISON)
+    for one in (buffer, *buffer._parts):
+        one._heap.view(0, one._heap.sizes.total, None).fill_(POISON)
     buffer._ops.synchronize()
 
 
 def poison_pool(buffer: NormalBuffer) -> None:
     """Overwrite what this rank hands out next; peers may be at work, but not on blocks."""
-    sizes = buffer.heap_sizes
     if buffer.pool_in_use == 0:
-        buffer._heap.view(sizes.pool_offset, sizes.pool, None).fill_(POISON)
+        for one in (buffer, *buffer._parts):
+            sizes = one._heap.sizes
+            one._heap.view(sizes.pool_offset, sizes.pool, None).fill_(POISON)
 
 
 def dispatch(buffer: NormalBuffer, tokens: RankTokens, extra: int = 0, **options: Any) -> Rows:
@@ -110,8 +114,7 @@ def dispatch(buffer: NormalBuffer, tokens: RankTokens, extra: int = 0, **options
         tokens.topk_weights.to(buffer.device),
         **options,
     )
-    finish(buffer)
-    return snapshot(keep(buffer, "last", received))
+    return snapshot(buffer, keep(buffer, "last", received))
 
 
 def dispatch_with(
@@ -136,7 +139,7 @@ def layout_then_dispatch(
         received = buffer.dispatch(rows, idx, weights, layout=layout)
     else:
         received = buffer.dispatch(rows, layout=layout)
-    return found, snapshot(received)
+    return found, snapshot(buffer, received)
 
 
 def cached(
@@ -145,7 +148,8 @@ def cached(
     """dispatch_cached() along the handle of what was kept under `name`."""
     handle: NormalHandle = kept(buffer, name).handle
     given = tokens.topk_weights.to(buffer.device) if weights else None
-    return snapshot(buffer.dispatch_cached(rows_of(buffer, tokens), handle, topk_weights=given))
+    received = buffer.dispatch_cached(rows_of(buffer, tokens), handle, topk_weights=given)
+    return snapshot(buffer, received)
 
 
 def rename(buffer: NormalBuffer, name: str) -> None:
@@ -186,8 +190,13 @@ def query(buffer: NormalBuffer, name: str, *arguments: Any) -> Any:
     return value(*arguments) if callable(value) else value
 
 
-def forget(buffer: NormalBuffer) -> int:
-    """Drop every kept result; bytes of the pool still in use."""
+def drop_all(buffer: NormalBuffer) -> None:
+    """Drop every kept result. Also of a closed buffer: the next one may have its id()."""
     for key in [key for key in _kept if key[0] == id(buffer)]:
         del _kept[key]
+
+
+def forget(buffer: NormalBuffer) -> int:
+    """Drop every kept result; bytes of the pool still in use."""
+    drop_all(buffer)
     return buffer.pool_in_use

@@ -19,8 +19,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+import programs
 import torch
-from gpus import num_gpus
+from gpus import OWN_PROCESS, num_gpus
 from torch.distributed import TCPStore
 
 from ep_runtime import World
@@ -104,6 +105,8 @@ class ThreadGroup(Group):
     def close(self) -> None:
         for buffer in self.buffers:
             buffer.close()
+        for buffer in self.buffers:  # frees memory, for which the driver waits until all is done
+            programs.drop_all(buffer)
         for thread in self.threads:
             thread.shutdown(wait=False, cancel_futures=True)
 
@@ -186,7 +189,7 @@ def _work(
     backend: str,
     environment: dict[str, str],
 ) -> None:
-    os.environ.update(environment)
+    os.environ.update({**OWN_PROCESS, **environment})
     torch.set_num_threads(1)
     if backend == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -201,7 +204,8 @@ def _work(
             return None
         assert buffer is not None
         if kind == "close":
-            return buffer.close()
+            buffer.close()
+            return programs.drop_all(buffer)
         program, given = rest
         return program(buffer, *given)
 

@@ -40,11 +40,14 @@ def layer(
     x = tokens.x.to(device, copy=True).requires_grad_()
     weights = tokens.topk_weights.to(device, copy=True).requires_grad_()
     added = bias.to(device, copy=True).requires_grad_()
+    idx, all_gains = tokens.topk_idx.to(device), gains.to(device)
+    seed, weights_seed = seeds[0].to(device), seeds[1].to(device)
+    # From here on nothing is copied to the device: such a copy waits in the driver, see finish().
     programs.poison_pool(buffer)
     received = dispatch_autograd(
         buffer,
         x,
-        tokens.topk_idx.to(device),
+        idx,
         weights,
         num_experts=gains.shape[0],
         num_worst_tokens=worst,
@@ -52,7 +55,7 @@ def layer(
     assert received.topk_idx is not None
     assert received.topk_weights is not None
     local = gains.shape[0] // buffer.num_ranks
-    mine = gains.to(device)[buffer.rank * local : (buffer.rank + 1) * local]
+    mine = all_gains[buffer.rank * local : (buffer.rank + 1) * local]
     real = (received.topk_idx >= 0).any(1, keepdim=True)
     rows = torch.where(real, received.x, 0).float()
     factor = (received.topk_weights.unsqueeze(2) * mine[received.topk_idx.clamp(min=0)]).sum(1)
@@ -61,9 +64,9 @@ def layer(
     out, out_weights = combine_autograd(
         buffer, y, received.handle, topk_weights=sent, bias=(added, added)
     )
-    loss = (out.float() * seeds[0].to(device)).sum()
+    loss = (out.float() * seed).sum()
     if out_weights is not None:
-        loss = loss + (out_weights * seeds[1].to(device)).sum()
+        loss = loss + (out_weights * weights_seed).sum()
     loss.backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     assert weights.grad is not None

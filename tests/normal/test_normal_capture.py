@@ -122,7 +122,7 @@ def test_replays_with_changing_routes(group: ThreadGroup) -> None:
             rows = []
             for one in graphs:
                 with torch.cuda.stream(one.stream):
-                    rows.append(programs.snapshot(one.received))
+                    rows.append(programs.snapshot(one.buffer, one.received))
             for mine in rows:
                 mine.x = mine.x.clone()
             _check_rows(rows, tokens, experts)

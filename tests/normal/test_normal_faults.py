@@ -314,4 +314,4 @@ def test_blocks_outside_of_the_heap_are_refused() -> None:
         1, 0, 8, [heap.address], [heap.address], 4096, heap.address + 32768, heap.address + 40960
     )
     with pytest.raises(ValueError, match="not in the data heap of 4096 bytes"):
-        rank.dispatch(0, 16, 16, 0, 0, 0, 0, 0, 8, 0, 0, 8, 0, 0, 0, 4096, 1, True, 1)
+        rank.dispatch(0, 16, 16, 0, 0, 0, 0, 0, 8, 0, 0, 8, 0, 0, 0, 4096, 1, True, 1, 0)

@@ -13,6 +13,7 @@ from ranks import Group, Place, ThreadGroup
 from ep_runtime import ShapeError
 from ep_runtime.normal import NormalBuffer
 from ep_runtime.normal.config import block_bytes
+from ep_runtime.normal.heap import DataHeap
 from ep_runtime.normal.pool import Pool
 from ep_runtime.normal.reference import RankTokens
 
@@ -40,6 +41,7 @@ def hold(buffer: NormalBuffer, tokens: RankTokens, name: str) -> torch.Tensor:
         num_experts=EXPERTS,
     )
     x = programs.keep(buffer, name, received.x)
+    programs.finish(buffer)
     return x.cpu().clone()
 
 
@@ -122,6 +124,28 @@ def test_exact_mode_grows_with_tokens_and_channels(
         assert torch.equal(x, before[rank]), "a tensor of the old heap changed"
     group.run(programs.forget)
     send(group, rng)
+
+
+def test_virtual_ranks_free_a_replaced_heap_only_where_they_meet(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Freeing waits for the device, on which a peer's kernel may wait for this rank's next one."""
+    freed: list[DataHeap] = []
+    free = DataHeap.free
+    monkeypatch.setattr(DataHeap, "free", lambda heap: (freed.append(heap), free(heap)))
+    group = ThreadGroup(2, "host", None, **SIZES)
+    group.run(hold, [(random_tokens(rng, 5, 256, 4, EXPERTS), "old")] * 2)
+    old = [buffer._heap for buffer in group.buffers]
+    group.run(reserve, [(10_000,)] * 2)
+    assert freed == []  # a tensor lies in each
+    group.run(programs.forget)
+    send(group, rng)
+    assert freed == []
+    group.run(reserve, [(30_000,)] * 2)
+    assert {use[2] for use in group.run(use_of)} == {2}
+    assert {id(heap) for heap in old} <= {id(heap) for heap in freed}
+    send(group, rng)
+    group.close()
 
 
 def test_reserve_makes_room_for_worst_case_dispatches(

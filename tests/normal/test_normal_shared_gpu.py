@@ -13,7 +13,7 @@ from mps import daemon, share_of
 from ranks import Processes, ProcessGroup
 from support import new_rng
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 EXPERTS = 32
 MOST_IN_ALL = 2400  # rows: what the reference has time for

@@ -52,10 +52,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         replace(OPTIONS, out=out, peers=("auto",)),
         replace(OPTIONS, skew="half-empty", tokens=(4,), dispatch_formats=("fp8",)),
         replace(OPTIONS, skew="one-rank", tokens=(4,), dispatch_formats=("fp8",)),
+        replace(
+            OPTIONS,
+            tokens=(4,),
+            dispatch_formats=("bf16",),
+            combine_formats=("bf16", "fp8"),
+            peers=("none",),
+        ),
     ]
     first, second = launch(several, 2, options)
     assert first == second, "ranks must report the same"
-    return {"uniform": first[0], "half-empty": first[1], "one-rank": first[2], "out": out}
+    names = ("uniform", "half-empty", "one-rank", "combine-formats")
+    return {**dict(zip(names, first, strict=True)), "out": out}
 
 
 def pairs(records: list[Record]) -> dict[tuple[str, str, str, int], Record]:
@@ -115,6 +123,17 @@ def test_bytes_and_floor_follow_the_formula(runs: dict[str, Any]) -> None:
     assert 0 < record.link_bytes <= 5 * 2 * 512
     assert record.link_bytes < record.wire_bytes
     assert record.floor_us == pytest.approx(record.link_bytes / 100e3)
+
+
+def test_fp8_combines_stand_beside_bf16_ones(runs: dict[str, Any]) -> None:
+    pairs = [r for r in runs["combine-formats"] if r.op == "combine"]
+    wide = [r for r in pairs if r.case.impl == "ep_runtime"]
+    short = [r for r in pairs if r.case.impl == "ep_runtime-fp8-combine"]
+    assert len(wide) == len(short) == len(OPTIONS.recv_formats)
+    for one, other in zip(wide, short, strict=True):
+        assert one.status == other.status == "ok"
+        assert other.link_bytes == one.link_bytes * (256 + 8) / 512
+        assert one.error < 1e-2 < other.error < 6e-2
 
 
 def test_everything_to_one_rank_loads_the_link_with_all_tokens(runs: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from gpus import OWN_PROCESS
 from test_bench_host import OPTIONS
 
 from ep_runtime.bench import low_latency
@@ -95,13 +96,14 @@ def test_the_operation_of_this_torch_is_the_one_that_is_called() -> None:
 
 
 @pytest.mark.multi
+@pytest.mark.alone
 def test_the_operation_itself_is_checked_and_timed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ep_runtime.bench", "low-latency", "--ranks", "2"]
     command += ["--peers", symmetric.NAME, "--recv-formats", "compact", "--tokens", "1,100"]
     command += ["--experts", "32", "--pairs", "10", "--replays", "3", "--out", str(tmp_path)]
     done = subprocess.run(
         command,
-        env={**os.environ, "EP_MEMORY": "ipc"},
+        env={**os.environ, **OWN_PROCESS, "EP_MEMORY": "ipc"},
         capture_output=True,
         text=True,
         timeout=110,

@@ -47,8 +47,10 @@ def test_a_row_on_the_wire(wire: str, expected: int) -> None:
     assert row_bytes(wire, 7168) == expected
 
 
-def test_combine_returns_bf16_rows_for_the_same_messages() -> None:
-    traffic = least_traffic(torch.tensor([[0, 3], [2, 0]]), "fp8", 256)
+def test_combine_returns_a_row_for_each_message() -> None:
+    counts = torch.tensor([[0, 3], [2, 0]])
+    assert least_traffic(counts, "fp8", "fp8", 256).combine == 3 * (256 + 8)
+    traffic = least_traffic(counts, "fp8", "bf16", 256)
     assert traffic == Traffic(dispatch=3 * (256 + 8), combine=3 * 512)
     assert traffic.of("pair") == 3 * (256 + 8) + 3 * 512
 

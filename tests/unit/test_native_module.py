@@ -96,6 +96,7 @@ WIRES = [_C.WIRE_BF16, _C.WIRE_FP8, _C.WIRE_OPAQUE]
     num_chains=st.integers(1, 8),
     wire=st.sampled_from(WIRES),
     opaque=st.tuples(st.integers(1, 2048), st.integers(0, 4096)),
+    combine_wire=st.sampled_from([_C.WIRE_BF16, _C.WIRE_FP8]),
 )
 def test_layout_holds_everything_in_whole_lines(
     num_ranks: int,
@@ -106,6 +107,7 @@ def test_layout_holds_everything_in_whole_lines(
     num_chains: int,
     wire: int,
     opaque: tuple[int, int],
+    combine_wire: int,
 ) -> None:
     hidden = 128 * groups
     shape = _C.Shape(
@@ -118,6 +120,7 @@ def test_layout_holds_everything_in_whole_lines(
         wire=wire,
         opaque_row_bytes=16 * opaque[0] if wire == _C.WIRE_OPAQUE else 0,
         opaque_scales=opaque[1] if wire == _C.WIRE_OPAQUE else 0,
+        combine_wire=combine_wire,
     )
     layout = _C.layout(shape)
     row_bytes = [2 * hidden, hidden, 16 * opaque[0]][WIRES.index(wire)]
@@ -125,8 +128,16 @@ def test_layout_holds_everything_in_whole_lines(
     metadata = 8 + 12 * topk + 4 * scales
     payload = layout["message_bytes"]
     assert payload == -(-metadata // 16) * 16 + row_bytes
-    assert layout["message_stride"] == 128 * layout["message_lines"] == 128 * -(-payload // 120)
-    assert layout["combine_stride"] == 128 * -(-2 * hidden // 120)
+    # Lines of 15 granules; the host's tag has room behind the payload.
+    lines = -(-payload // 120)
+    assert layout["message_lines"] == lines
+    assert layout["message_stride"] == 128 * lines >= payload + 8
+    # BF16: a line behind every fourteen of data; FP8: eight for every seven groups of channels.
+    fp8_lines, bf16_lines = 8 * -(-groups // 7), 2 * groups + -(-2 * groups // 14)
+    wide = combine_wire == _C.WIRE_BF16
+    assert layout["combine_bytes"] == (2 * hidden if wide else hidden + 4 * groups)
+    room = max(fp8_lines, bf16_lines) if wide else fp8_lines  # "bf16" may choose "fp8"
+    assert layout["combine_stride"] == 128 * room >= layout["combine_bytes"] + 8
     messages = num_ranks * max_tokens
     assert layout["dispatch_half"] == messages * layout["message_stride"]
     # Two inboxes of each kind, by the parity of the epoch; so many counts and ready lines.

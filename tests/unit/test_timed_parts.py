@@ -72,8 +72,9 @@ except KeyboardInterrupt:
     print("cleaned up", flush=True)
 """
     began = time.monotonic()
-    outcomes, said = run(tmp_path, part("slow", script), total_s=4.0)
-    assert time.monotonic() - began < 8
+    # A quarter of it is for the part to end itself: enough on a busy machine too.
+    outcomes, said = run(tmp_path, part("slow", script), total_s=12.0)
+    assert time.monotonic() - began < 18
     assert (outcomes[0].status, outcomes[0].bad) == ("timed out", True)
     assert outcomes[0].note == "ended at its limit; last line: cleaned up"
     assert "    begun\n" in said

@@ -191,3 +191,42 @@ def test_a_late_rank_does_not_shift_later_collectives() -> None:
         return world.all_gather(f"{world.rank}".encode(), timeout_s=10)
 
     assert on_ranks(2, step, timeout_s=0.3) == [[b"0", b"1"]] * 2
+
+
+def test_some_ranks_meet_without_the_others() -> None:
+    """The absent rank does nothing; meetings without it do not shift collectives of all."""
+
+    def step(world: World) -> list[bytes]:
+        if world.rank != 1:
+            for _ in range(3):
+                world.meet_without([1])
+        world.meet_without([])
+        return world.all_gather(bytes([world.rank]))
+
+    assert on_ranks(3, step) == [[b"\0", b"\1", b"\2"]] * 3
+
+
+def test_a_rank_that_counts_itself_absent_meets_nobody() -> None:
+    world = World.from_store(HashStore(), 0, 2, timeout_s=0.2)
+    world.meet_without([0])
+
+
+def test_ranks_that_miss_different_ones_are_told() -> None:
+    def step(world: World) -> None:
+        if world.rank < 3:
+            world.meet_without([2, 3] if world.rank == 1 else [3])
+
+    outcomes = on_ranks(4, step)
+    assert [type(one) for one in outcomes] == [ConfigError] * 3 + [type(None)]
+    assert "rank 1 goes on without ranks [2, 3], rank 0 without [3]" in str(outcomes[0])
+    assert "mask the same ranks" in str(outcomes[2])
+
+
+def test_who_is_neither_here_nor_absent_is_named() -> None:
+    def step(world: World) -> None:
+        if world.rank == 0:
+            world.meet_without([1])
+
+    outcome = on_ranks(3, step, timeout_s=0.3)[0]
+    assert isinstance(outcome, PeerTimeout)
+    assert outcome.peer == 2

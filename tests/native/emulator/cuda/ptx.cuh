@@ -21,8 +21,17 @@ inline Vector load_line_vector(const void* p) {
     return v;
 }
 inline uint64_t load_relaxed_sys(const uint64_t* p) { return *p; }
+inline void store_relaxed_sys(uint64_t* p, uint64_t v) { *p = v; }
 inline uint32_t pack_bf16x2(float lo, float hi) {
     return float_to_bf16(lo) | static_cast<uint32_t>(float_to_bf16(hi)) << 16;
+}
+struct Two {
+    float lo;
+    float hi;
+};
+inline Two unpack_fp8x2(uint16_t values) {
+    return {fp8_to_float(static_cast<uint8_t>(values)),
+            fp8_to_float(static_cast<uint8_t>(values >> 8))};
 }
 inline uint64_t global_timer_ns() {
     return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
@@ -30,6 +39,11 @@ inline uint64_t global_timer_ns() {
 inline uint64_t load_acquire_sys(const uint64_t* p) { return *p; }
 inline void store_release_sys(uint64_t* p, uint64_t v) { *p = v; }
 inline void store_release_sys(int32_t* p, int32_t v) { *p = v; }
+inline void pause() { emulator::pause(); }
+inline void fence_release_sys() {}
+inline uint32_t load_acquire_cta(const uint32_t* p) { return *p; }
+inline void store_release_cta(uint32_t* p, uint32_t v) { *p = v; }
+inline void add_release_sys(uint64_t* p, uint64_t v) { *p += v; }
 inline uint32_t add_acq_rel_gpu(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 
 // Bulk loads are there at once: a barrier word counts its phases. Bulk stores are made as late as
@@ -75,6 +89,25 @@ void await_stores() {
 template <int kLeft>
 void await_stores_read() {
     await_stores<kLeft>();
+}
+// Copies of one thread, made as late as it allows too.
+inline std::map<const emulator::Lane*, BulkStores> copies;
+inline void start_copy(void* to, const void* from) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
+    copies[emulator::current].open.push_back({to, from, 16});
+}
+inline void commit_copies() {
+    BulkStores& mine = copies[emulator::current];
+    mine.committed.push_back(std::move(mine.open));
+    mine.open.clear();
+}
+template <int kLeft>
+void await_copies() {
+    auto& committed = copies[emulator::current].committed;
+    while (committed.size() > kLeft) {
+        for (const BulkStore& c : committed.front()) std::memcpy(c.to, c.from, c.bytes);
+        committed.pop_front();
+    }
 }
 inline void keep(int32_t) {}
 template <int kThreads>
