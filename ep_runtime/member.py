@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Literal, NoReturn, Protocol, TypeVar
 
@@ -39,7 +40,7 @@ class Closed:
         raise SequenceError(f"{name} on a closed {self._what}: its memory is gone; build a new one")
 
 
-class Member:
+class Member(ABC):
     """Base of the ranks: a subclass sets these attributes, calls _join() and knows how to close."""
 
     config: object
@@ -57,8 +58,9 @@ class Member:
         self._closed = False
         self._routing_told = 0
 
+    @abstractmethod
     def _close(self, with_peers: bool) -> None:
-        raise NotImplementedError
+        """Give the memory back; with_peers: after all ranks have come here."""
 
     @property
     def backend(self) -> Literal["host", "cuda"]:
