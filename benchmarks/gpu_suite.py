@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-PER_GPU = 6  # workers: more of them only take the GPU from each other
+PER_GPU = 4  # workers: more of them only wait for each other while torch loads its kernels
 WORKER_BYTES = 10 << 30  # of GPU memory: every kernel of torch is loaded, and torch keeps a cache
 NOTHING_TO_RUN = 5  # pytest's exit status
 REPORT_S = 20.0  # for pytest to say what it has, after Ctrl-C

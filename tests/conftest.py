@@ -68,6 +68,9 @@ def _choose_gpu(worker: str) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Small tensors: torch's threads, one for each core, would only wait for each other, and take
+    # the cores from ranks and from other workers.
+    torch.set_num_threads(1)
     if config.getoption("--gpu-per-worker") and hasattr(config, "workerinput"):
         _choose_gpu(config.workerinput["workerid"])
     problem = _package_problem()

@@ -24,7 +24,9 @@ def daemon(place: Path) -> Iterator[dict[str, str]]:
     found = {"CUDA_MPS_PIPE_DIRECTORY": str(place), "CUDA_MPS_LOG_DIRECTORY": str(place)}
     environment = {**os.environ, **OWN_PROCESS, **found}
     subprocess.run([CONTROL, "-d"], env=environment, check=True, timeout=20)
-    yield found
+    # The daemon shows its GPUs to clients, which count them from 0.
+    gpus = ",".join(map(str, range(torch.cuda.device_count())))
+    yield {**found, "CUDA_VISIBLE_DEVICES": gpus}
     subprocess.run([CONTROL], input="quit\n", text=True, env=environment, check=True, timeout=20)
 
 

@@ -1,29 +1,35 @@
-// Pairs of dispatch and combine between two ranks of one process, without Python: for work on the
+// Pairs of dispatch and combine between ranks of one process, without Python: for work on the
 // kernels.
 //
 //   nvcc -std=c++20 -O3 -arch=sm_90 -Icsrc -o build/pair_loop benchmarks/native/pair_loop.cu
 //       csrc/cuda/*.cu   (all on one line)
-//   build/pair_loop [--one-gpu] [--sms N] [--fused]
+//   build/pair_loop [--ranks R] [--one-gpu] [--sms N] [--fused] [--parts] [--tokens T]
 //
-// A rank per GPU where there are two. With one, or with --one-gpu, both ranks share GPU 0, each on
-// a stream of its own with N SMs' worth of CTAs: no link is measured then, and only runs of this
-// kind on the same GPU may be compared. On two GPUs N limits the SMs too; 0 is all. --fused leaves
-// the split kernels out.
+// R ranks (2), each on a GPU of its own. With fewer GPUs, or with --one-gpu, all ranks share GPU 0,
+// each on a stream of its own with N SMs' worth of CTAs: no link is measured then, and only runs of
+// this kind on the same GPU may be compared. Elsewhere N limits the SMs too; 0 is all. --fused
+// leaves the split kernels out. --parts measures FP8 pairs, dispatches alone and combines alone at
+// every size, and nothing else; T then chooses one size. (One rank alone can be profiled by tools
+// that stop at every kernel.)
 //
-// One host thread per rank; 50 pairs in one graph, the slower rank's median of 20 replays. BF16
+// One host thread per rank; 50 pairs in one graph, the slowest rank's median of 20 replays. BF16
 // lines check themselves (the experts are the identity, so combine must give x times the sum of the
 // weights); FP8 lines are only timed. Exit status 1 if a line was wrong or recorded a fault.
 // Figures to publish come from `ep-runtime bench low-latency`.
 #include <algorithm>
+#include <array>
 #include <barrier>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <numeric>
 #include <random>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cuda/cuda_rank.h"
@@ -35,18 +41,20 @@ namespace {
 
 using namespace ep;
 
-constexpr int kRanks = 2;
+constexpr int kMostRanks = 8;
 constexpr int kPairs = 50;
 constexpr int kReplays = 20;
 constexpr int kWarmups = 2;
 constexpr int kHidden = 7168;
 constexpr int kTopk = 8;
 constexpr uint64_t kBudgetNs = 3'000'000'000;
+constexpr bool kPdl = true;
 constexpr double kErrorLimit = 1e-2;  // two BF16 roundings are 0.4e-2 at most
 
 // Where the ranks are.
 struct Place {
-    int device[kRanks];
+    int ranks;
+    std::array<int, kMostRanks> device;
     int num_sms;  // that a rank's kernels may fill; 0: all
 };
 
@@ -64,12 +72,17 @@ struct Case {
     What what = What::kPair;
 };
 
-// Lets both ranks start together: each waits, boundedly, for the other's number.
-__global__ void meet_kernel(volatile int* mine, volatile const int* other, int number) {
-    *mine = number;
+// Lets the ranks start together: each waits, boundedly, for the others' numbers.
+struct Numbers {
+    volatile int* of[kMostRanks];
+};
+__global__ void meet_kernel(Numbers numbers, int ranks, int me, int number) {
+    *numbers.of[me] = number;
     __threadfence_system();
     const long long start = clock64();
-    while (*other < number && clock64() - start < 2'000'000'000) {
+    for (int r = 0; r < ranks; ++r) {
+        while (*numbers.of[r] < number && clock64() - start < 2'000'000'000) {
+        }
     }
 }
 
@@ -87,23 +100,35 @@ class Array {
     DeviceMemory memory_;
 };
 
-// What the two threads share for one case.
+// What the threads share for one case.
 struct Shared {
     Shape shape;
-    DeviceMemory heaps[kRanks], locals[kRanks], numbers[kRanks];
-    PinnedMemory faults[kRanks];
-    std::barrier<> meet{kRanks};
-    std::vector<float> times[kRanks];
-    double error[kRanks] = {};
+    std::deque<DeviceMemory> heaps, locals, numbers;
+    std::deque<PinnedMemory> faults;
+    std::barrier<> meet;
+    std::vector<float> times[kMostRanks];
+    double error[kMostRanks] = {};
 
-    Shared(const Shape& s, const Place& place)
-        : shape(s),
-          heaps{{HeapLayout::make(s).bytes, place.device[0]},
-                {HeapLayout::make(s).bytes, place.device[1]}},
-          locals{{LocalLayout::make(s).bytes, place.device[0]},
-                 {LocalLayout::make(s).bytes, place.device[1]}},
-          numbers{{4, place.device[0]}, {4, place.device[1]}},
-          faults{PinnedMemory(4096), PinnedMemory(4096)} {}
+    Shared(const Shape& s, const Place& place) : shape(s), meet(place.ranks) {
+        for (int r = 0; r < place.ranks; ++r) {
+            heaps.emplace_back(HeapLayout::make(s).bytes, place.device[r]);
+            locals.emplace_back(LocalLayout::make(s).bytes, place.device[r]);
+            numbers.emplace_back(4, place.device[r]);
+            faults.emplace_back(4096);
+        }
+    }
+    std::vector<std::uintptr_t> heap_addresses() const {
+        std::vector<std::uintptr_t> all;
+        for (const DeviceMemory& heap : heaps) all.push_back(heap.address());
+        return all;
+    }
+    Numbers all_numbers() const {
+        Numbers all{};
+        for (size_t r = 0; r < numbers.size(); ++r) {
+            all.of[r] = reinterpret_cast<int*>(numbers[r].address());
+        }
+        return all;
+    }
 };
 
 struct Tensors {
@@ -144,9 +169,8 @@ void run_rank(int me, const Case& c, const Place& place, Shared& shared) {
     const int gpu = place.device[me];
     EP_CUDA(cudaSetDevice(gpu));
     const Shape& s = shared.shape;
-    const CudaRank rank(s, me, {shared.heaps[0].address(), shared.heaps[1].address()},
-                        shared.locals[me].address(), shared.faults[me].address(),
-                        {gpu, place.num_sms, c.pdl});
+    const CudaRank rank(s, me, shared.heap_addresses(), shared.locals[me].address(),
+                        shared.faults[me].address(), {gpu, place.num_sms, c.pdl});
     rank.set_time_budget(kBudgetNs);
     const int local = s.num_local_experts();
     const bool compact = c.format == Format::kCompact;
@@ -158,7 +182,7 @@ void run_rank(int me, const Case& c, const Place& place, Shared& shared) {
     const Array<uint8_t> received(rows * s.row_bytes(c.wire), gpu);
     const Array<uint8_t> routing_memory(RoutingLayout::make(s).bytes, gpu);
     const Routing routing = Routing::at(routing_memory.data(), s);
-    const Array<int32_t> recv_count(local, gpu), offset(local + 1, gpu), messages(kRanks, gpu);
+    const Array<int32_t> recv_count(local, gpu), offset(local + 1, gpu), messages(place.ranks, gpu);
     const Array<int32_t> choices(static_cast<size_t>(s.max_messages()) * kTopk, gpu);
     const Array<float> choice_weights(static_cast<size_t>(s.max_messages()) * kTopk, gpu);
     // BF16 rows are combined as they came; FP8 ones stand in for any result.
@@ -186,8 +210,7 @@ void run_rank(int me, const Case& c, const Place& place, Shared& shared) {
                             .num_messages = messages.data(),
                             .routing = routing};
     const CombineInput rows_home{.y = result, .row_stride = kHidden, .routing = routing};
-    const CombineOutput sums{
-        .out = out.data(), .num_tokens = c.num_tokens, .routing = routing};
+    const CombineOutput sums{.out = out.data(), .num_tokens = c.num_tokens, .routing = routing};
     // Apart from the default stream, where the other rank of this GPU may be copying; so what was
     // copied there above must have arrived first.
     cudaStream_t stream;
@@ -225,9 +248,7 @@ void run_rank(int me, const Case& c, const Place& place, Shared& shared) {
     EP_CUDA(cudaEventCreate(&end));
     for (int i = 0; i < kWarmups + kReplays; ++i) {
         shared.meet.arrive_and_wait();
-        meet_kernel<<<1, 1, 0, stream>>>(reinterpret_cast<int*>(shared.numbers[me].address()),
-                                         reinterpret_cast<int*>(shared.numbers[1 - me].address()),
-                                         i + 1);
+        meet_kernel<<<1, 1, 0, stream>>>(shared.all_numbers(), place.ranks, me, i + 1);
         EP_CUDA(cudaEventRecord(begin, stream));
         EP_CUDA(cudaGraphLaunch(exec, stream));
         EP_CUDA(cudaEventRecord(end, stream));
@@ -239,10 +260,10 @@ void run_rank(int me, const Case& c, const Place& place, Shared& shared) {
     EP_CUDA(cudaGraphExecDestroy(exec));
     EP_CUDA(cudaGraphDestroy(graph));
     EP_CUDA(cudaStreamDestroy(stream));
-    shared.meet.arrive_and_wait();  // both are done before either's memory goes
+    shared.meet.arrive_and_wait();  // all are done before anybody's memory goes
 }
 
-// A rank that throws would leave the other in a barrier, so the program ends here.
+// A rank that throws would leave the others in a barrier, so the program ends here.
 void run_or_exit(int me, const Case& c, const Place& place, Shared& shared) {
     try {
         run_rank(me, c, place, shared);
@@ -254,27 +275,33 @@ void run_or_exit(int me, const Case& c, const Place& place, Shared& shared) {
 
 // Returns whether the case was right, as far as it checks itself.
 bool measure(const Case& c, const Place& place) {
-    const Shape shape{kRanks, c.num_experts, kTopk, kHidden, std::max(128, c.num_tokens),
-                      1,      c.wire, 0, 0};
+    const Shape shape{place.ranks, c.num_experts, kTopk, kHidden, std::max(128, c.num_tokens),
+                      1,           c.wire,        0,     0};
     Shared shared(shape, place);
-    std::thread second([&] { run_or_exit(1, c, place, shared); });
-    run_or_exit(0, c, place, shared);
-    second.join();
-    std::vector<float> slower;
-    for (int i = 0; i < kReplays; ++i) {
-        slower.push_back(std::max(shared.times[0][i], shared.times[1][i]));
+    std::vector<std::thread> others;
+    for (int r = 1; r < place.ranks; ++r) {
+        others.emplace_back([&, r] { run_or_exit(r, c, place, shared); });
     }
-    std::sort(slower.begin(), slower.end());
+    run_or_exit(0, c, place, shared);
+    for (std::thread& other : others) other.join();
+    std::vector<float> slowest = shared.times[0];
+    for (int r = 1; r < place.ranks; ++r) {
+        for (int i = 0; i < kReplays; ++i) {
+            slowest[i] = std::max(slowest[i], shared.times[r][i]);
+        }
+    }
+    std::sort(slowest.begin(), slowest.end());
     std::printf("%-16s T=%4d E=%3d %s pdl=%d: median %.2f us (%.2f-%.2f)", c.name, c.num_tokens,
-                c.num_experts, c.fused ? "fused" : "split", c.pdl, slower[kReplays / 2],
-                slower.front(), slower.back());
+                c.num_experts, c.fused ? "fused" : "split", c.pdl, slowest[kReplays / 2],
+                slowest.front(), slowest.back());
     bool right = true;
     if (shared.error[0] >= 0) {
-        std::printf("  largest error %.2g", std::max(shared.error[0], shared.error[1]));
-        right = shared.error[0] <= kErrorLimit && shared.error[1] <= kErrorLimit;
+        const double worst = *std::max_element(shared.error, shared.error + place.ranks);
+        std::printf("  largest error %.2g", worst);
+        right = worst <= kErrorLimit;
         if (!right) std::printf(" WRONG");
     }
-    for (int rank = 0; rank < kRanks; ++rank) {
+    for (int rank = 0; rank < place.ranks; ++rank) {
         const Fault& fault = reinterpret_cast<FaultBoard*>(shared.faults[rank].address())->fatal;
         if (fault.code == 0) continue;
         right = false;
@@ -291,15 +318,29 @@ bool measure(const Case& c, const Place& place) {
 // With `pdl`, two kernels of a rank can be resident at once, the second waiting for the first.
 // Ranks of one GPU wait for each other as well, so everything that can be resident together must
 // fit.
-Place on_one_gpu(bool pdl, int num_sms) {
-    const int kernels = kRanks * (pdl ? 2 : 1);
-    return {{0, 0}, num_sms > 0 ? num_sms : device_attributes(0).at("num_sms") / kernels};
+Place on_one_gpu(int ranks, bool pdl, int num_sms) {
+    const int kernels = ranks * (pdl ? 2 : 1);
+    return {ranks, {}, num_sms > 0 ? num_sms : device_attributes(0).at("num_sms") / kernels};
+}
+
+Place on_gpus(int ranks, int num_sms) {
+    Place place{ranks, {}, num_sms};
+    for (int r = 0; r < ranks; ++r) {
+        place.device[r] = r;
+        for (int peer = 0; peer < ranks; ++peer) {
+            if (peer != r) enable_peer_access(r, peer);
+        }
+    }
+    return place;
 }
 
 struct Options {
     bool one_gpu = false;
     bool fused_only = false;
+    bool parts = false;
     int num_sms = 0;
+    int num_tokens = 0;
+    int ranks = 2;
 };
 
 bool parse(int argc, char** argv, Options& options) {
@@ -308,6 +349,14 @@ bool parse(int argc, char** argv, Options& options) {
             options.one_gpu = true;
         } else if (std::strcmp(argv[i], "--fused") == 0) {
             options.fused_only = true;
+        } else if (std::strcmp(argv[i], "--parts") == 0) {
+            options.parts = true;
+        } else if (std::strcmp(argv[i], "--tokens") == 0 && i + 1 < argc) {
+            options.num_tokens = std::atoi(argv[++i]);
+            if (options.num_tokens < 1) return false;
+        } else if (std::strcmp(argv[i], "--ranks") == 0 && i + 1 < argc) {
+            options.ranks = std::atoi(argv[++i]);
+            if (options.ranks < 1 || options.ranks > kMostRanks) return false;
         } else if (std::strcmp(argv[i], "--sms") == 0 && i + 1 < argc) {
             options.num_sms = std::atoi(argv[++i]);
             if (options.num_sms < 1) return false;
@@ -318,48 +367,39 @@ bool parse(int argc, char** argv, Options& options) {
     return true;
 }
 
-}  // namespace
+bool measure_parts(const Place& place, int num_tokens) {
+    bool right = true;
+    for (const auto& [format, kind] :
+         {std::pair{Format::kBatched, "batched"}, std::pair{Format::kCompact, "compact"}}) {
+        for (const auto& [what, part] :
+             {std::pair{What::kPair, "pair"}, std::pair{What::kDispatch, "dispatch"},
+              std::pair{What::kCombine, "combine"}}) {
+            const std::string name = std::string(kind) + " " + part;
+            std::vector<int> sizes{1, 8, 32, 64, 128, 256, 512, 1024};
+            if (num_tokens > 0) sizes = {num_tokens};
+            for (const int t : sizes) {
+                right &=
+                    measure({name.c_str(), t, 256, Wire::kFp8, format, true, kPdl, what}, place);
+            }
+        }
+    }
+    return right;
+}
 
-int main(int argc, char** argv) {
-    Options options;
-    if (!parse(argc, argv, options)) {
-        std::fprintf(stderr, "usage: %s [--one-gpu] [--sms N] [--fused], N at least 1\n", argv[0]);
-        return 2;
-    }
-    const int gpus = device_count();
-    if (gpus == 0) {
-        std::fprintf(stderr, "a GPU is needed, none here\n");
-        return 1;
-    }
-    constexpr bool kPdl = true;
-    Place place{{0, 1}, options.num_sms};
-    if (options.one_gpu || gpus == 1) {
-        place = on_one_gpu(kPdl, options.num_sms);
-        std::printf("both ranks on one GPU, %d SMs' worth of CTAs each: no link is measured\n",
-                    place.num_sms);
-    } else {
-        enable_peer_access(0, 1);
-        enable_peer_access(1, 0);
-    }
+bool measure_all(const Place& place, bool fused_only) {
     bool right = true;
     for (const bool fused : {false, true}) {
-        if (options.fused_only && !fused) continue;
+        if (fused_only && !fused) continue;
         for (const int t : {1, 8, 128}) {
             right &= measure({"bf16 batched", t, 256, Wire::kBf16, Format::kBatched, fused, kPdl},
                              place);
         }
     }
     for (const bool fused : {false, true}) {
-        if (options.fused_only && !fused) continue;
+        if (fused_only && !fused) continue;
         for (const int t : {1, 8, 32, 64, 128, 512, 1024}) {
             right &=
                 measure({"fp8 batched", t, 256, Wire::kFp8, Format::kBatched, fused, kPdl}, place);
-        }
-    }
-    for (const int t : {1, 8, 128}) {
-        for (const What what : {What::kDispatch, What::kCombine}) {
-            const char* name = what == What::kDispatch ? "fp8 dispatch" : "fp8 combine";
-            right &= measure({name, t, 256, Wire::kFp8, Format::kBatched, true, kPdl, what}, place);
         }
     }
     for (const int t : {1, 8, 32, 64, 128, 512, 1024}) {
@@ -369,5 +409,34 @@ int main(int argc, char** argv) {
         right &=
             measure({"fp8 contiguous", t, 256, Wire::kFp8, Format::kContiguous, true, kPdl}, place);
     }
+    return right;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    Options options;
+    if (!parse(argc, argv, options)) {
+        std::fprintf(
+            stderr,
+            "usage: %s [--ranks R] [--one-gpu] [--sms N] [--fused] [--parts] [--tokens T], "
+            "R at most 8\n",
+            argv[0]);
+        return 2;
+    }
+    const int gpus = device_count();
+    if (gpus == 0) {
+        std::fprintf(stderr, "a GPU is needed, none here\n");
+        return 1;
+    }
+    const bool shares = options.one_gpu || gpus < options.ranks;
+    const Place place = shares ? on_one_gpu(options.ranks, kPdl, options.num_sms)
+                               : on_gpus(options.ranks, options.num_sms);
+    if (shares) {
+        std::printf("%d ranks on one GPU, %d SMs' worth of CTAs each: no link is measured\n",
+                    place.ranks, place.num_sms);
+    }
+    const bool right = options.parts ? measure_parts(place, options.num_tokens)
+                                     : measure_all(place, options.fused_only);
     return right ? 0 : 1;
 }

@@ -23,16 +23,18 @@ __device__ __forceinline__ void fetch_arguments(const Args& args, int threads) {
 }
 
 // Every kernel starts so: nothing of earlier kernels is read before the wait, and no more than one
-// kernel is let in behind this one. Returns what the operation works at.
+// kernel is let in behind this one. Returns what the operation works at. `prepare`: what needs only
+// shared memory, done while the kernel before still runs; what it wrote is there for the whole CTA.
 //
 // A group that gave up is reported, not obeyed: its sends write what nobody reads, and its waits
 // end at their first check. To stop here, a whole CTA would have to agree first, on the way to the
 // wire.
-template <class Args>
-__device__ __forceinline__ Turn begin(const Args& args, Op op) {
+template <class Args, class Prepare>
+__device__ __forceinline__ Turn begin(const Args& args, Op op, Prepare prepare) {
     const View& view = args.view;
     const int threads = op == Op::kDispatch ? kThreads : kCombineThreads;
     if (view.starts_early) fetch_arguments(args, threads);
+    prepare();
     ptx::await_previous_kernel();
     ptx::allow_next_kernel();
     const ChainState& state = *view.state;
@@ -43,6 +45,10 @@ __device__ __forceinline__ Turn begin(const Args& args, Op op) {
         if (word != 0) heed_abort(view, op, word);
     }
     return {epoch, absent};
+}
+template <class Args>
+__device__ __forceinline__ Turn begin(const Args& args, Op op) {
+    return begin(args, op, [] {});
 }
 
 }  // namespace ep

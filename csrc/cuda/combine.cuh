@@ -19,8 +19,6 @@ enum class OwnRows { kThroughInbox, kDirect };
 // When weights came: with the dispatch, or with this combine (late_weights.cuh).
 enum class Weights { kKnown, kLate };
 
-inline constexpr int kRowsAtOnce = 2;  // rows of experts in flight
-
 // A lane's vectors of a unit, as sums.
 struct Sum {
     Sum8 of[SumUnit::kVectors];
@@ -48,36 +46,44 @@ __device__ __forceinline__ RowRef load_ref(const View& view, const Routing& rout
     return lane_id() < view.topk ? routing.refs[message * view.topk + lane_id()] : RowRef{-1, 0.0f};
 }
 
-// Adds the rows of a message's list, kRowsAtOnce at a time. Lane k holds the weight of entry k.
-// `byte`: where each of the lane's vectors lies in a row; lanes that have no data there give any
-// place in it, and nobody uses their sums. Whole warps.
+// Adds entries [first, first + kRows) of a message's list. All loads come before the first sum, and
+// no branch parts them: behind one, what was loaded first would wait in memory
+// (docs/performance.md).
+template <int kRows, int kVectors>
+__device__ __forceinline__ void add_some(const CombineInput& in, RowRef ref, float weight,
+                                         int first, const int (&byte)[kVectors],
+                                         Sum8 (&sum)[kVectors]) {
+    const auto* y = reinterpret_cast<const uint8_t*>(in.y);
+    ptx::Vector x[kRows][kVectors];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+        const int64_t row = __shfl_sync(kFullWarp, ref.row, first + i);
+        const uint8_t* from = y + 2 * row * in.row_stride;
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+            x[i][j] = *reinterpret_cast<const ptx::Vector*>(from + byte[j]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+        const float w = __shfl_sync(kFullWarp, weight, first + i);
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) sum[j].add(w, x[i][j]);
+    }
+}
+
+// Adds the rows of a message's list, two at a time. Lane k holds the weight of entry k. `byte`:
+// where each of the lane's vectors lies in a row; lanes that have no data there give any place in
+// it, and nobody uses their sums. Whole warps.
 template <int kVectors>
 __device__ __forceinline__ void add_rows(const CombineInput& in, RowRef ref, float weight,
                                          const int (&byte)[kVectors], Sum8 (&sum)[kVectors]) {
     const int listed = __ffs(__ballot_sync(kFullWarp, ref.row < 0)) - 1;
     const int end = listed < 0 ? 32 : listed;
-    const auto* y = reinterpret_cast<const uint8_t*>(in.y);
+    int k = 0;
 #pragma unroll 1
-    for (int base = 0; base < end; base += kRowsAtOnce) {
-        ptx::Vector x[kRowsAtOnce][kVectors];
-#pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-            const int64_t row = __shfl_sync(kFullWarp, ref.row, base + i);
-            if (base + i >= end) continue;
-            const uint8_t* from = y + 2 * row * in.row_stride;
-#pragma unroll
-            for (int j = 0; j < kVectors; ++j) {
-                x[i][j] = *reinterpret_cast<const ptx::Vector*>(from + byte[j]);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-            const float w = __shfl_sync(kFullWarp, weight, base + i);
-            if (base + i >= end) continue;
-#pragma unroll
-            for (int j = 0; j < kVectors; ++j) sum[j].add(w, x[i][j]);
-        }
-    }
+    for (; k + 2 <= end; k += 2) add_some<2>(in, ref, weight, k, byte, sum);
+    if (k < end) add_some<1>(in, ref, weight, k, byte, sum);
 }
 
 // A unit of a message's weighted sum, rounded. `ref`: load_ref of the message. Whole warps; false:
@@ -164,34 +170,18 @@ __device__ __forceinline__ void send_sums(const View& view, const CombineInput& 
     }
 }
 
-// Waits for one unit of each of N rows; a null pointer asks for nothing and gives zeros. Whole
-// warps; false: gave up.
-template <int N>
-__device__ __forceinline__ bool await_sums(Watch& watch, const uint8_t* const (&from)[N],
-                                           const int (&peers)[N], int lines, uint64_t epoch,
-                                           SumUnit (&unit)[N]) {
+// Waits for a unit of a sum. Whole warps; false: gave up.
+__device__ __forceinline__ bool await_sum(Watch& watch, const uint8_t* from, int peer, int lines,
+                                          uint64_t epoch, SumUnit& unit) {
     while (true) {
+        unit.look(from, lines, epoch);
+        Missing missing{false, peer, epoch, 0, nullptr};
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-#pragma unroll
-            for (int j = 0; j < SumUnit::kVectors; ++j) {
-                unit[n].v[j] = {0, epoch};
-                if (from[n] != nullptr && SumUnit::holds(j, lines)) {
-                    unit[n].v[j] = ptx::load_line_vector(from[n] + SumUnit::byte_of(j, lines));
-                }
-            }
-        }
-        Missing missing{false, -1, epoch, 0, nullptr};
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-#pragma unroll
-            for (int j = 0; j < SumUnit::kVectors; ++j) {
-                if (!holds_tag(lane_id()) || unit[n].v[j].hi == epoch) continue;
-                missing.waiting = true;
-                missing.peer = peers[n];
-                missing.seen = unit[n].v[j].hi;
-                missing.at = from[n] + SumUnit::byte_of(j, lines);
-            }
+        for (int j = 0; j < SumUnit::kVectors; ++j) {
+            if (!holds_tag(lane_id()) || unit.v[j].hi == epoch) continue;
+            missing.waiting = true;
+            missing.seen = unit.v[j].hi;
+            missing.at = from + SumUnit::byte_of(j, lines);
         }
         if (!__any_sync(kFullWarp, missing.waiting)) return true;
         if (!wait_for_more(watch, missing)) return false;
@@ -200,18 +190,16 @@ __device__ __forceinline__ bool await_sums(Watch& watch, const uint8_t* const (&
 
 // Adds what the ranks sent for one unit of a token, in rank order. `sent` [R]: the token's slots.
 // Whole warps; false: gave up.
-template <int kInFlight, OwnRows kOwn, Weights kWeights>
+template <OwnRows kOwn, Weights kWeights>
 __device__ __forceinline__ bool gather_sums(const View& view, const CombineInput& in, Watch& watch,
                                             const int32_t* sent, int unit, int lines,
-                                            const Turn& turn, Sum& sum) {
+                                            const Turn& turn, SumUnit& out) {
     const uint64_t epoch = turn.epoch;
     const uint8_t* inbox = view.combine_in + view.combine_at(epoch) + unit * kSumLines * kLineBytes;
     SumUnit own;
-    bool has_own = false;
     if (kOwn == OwnRows::kDirect) {
-        const int slot = sent[view.rank];
-        has_own = slot >= 0 && !turn.absent.has(view, view.rank);
-        if (has_own) {
+        const int slot = turn.absent.has(view, view.rank) ? -1 : sent[view.rank];
+        if (slot >= 0) {
             const RowRef ref = load_ref(view, in.routing, view.rank, slot);
             // Rounded as if it had travelled.
             if (!sum_message<kWeights>(view, in, watch, view.rank, slot, ref, unit, lines, epoch,
@@ -220,39 +208,28 @@ __device__ __forceinline__ bool gather_sums(const View& view, const CombineInput
             }
         }
     }
+    Sum sum;  // not before: registers would not do
 #pragma unroll 1
     for (int base = 0; base < view.num_ranks; base += 32) {
         const int r = base + lane_id();
         const int slot = r < view.num_ranks && !turn.absent.has(view, r) ? sent[r] : -1;
-        unsigned left = __ballot_sync(kFullWarp, slot >= 0);
 #pragma unroll 1
-        while (left != 0) {
-            const uint8_t* from[kInFlight];
-            int peers[kInFlight];
-            SumUnit rows[kInFlight];
-#pragma unroll
-            for (int n = 0; n < kInFlight; ++n) {
-                const int lane = left == 0 ? -1 : __ffs(left) - 1;
-                left &= left - 1;
-                const int there = __shfl_sync(kFullWarp, slot, max(lane, 0));
-                peers[n] = lane < 0 ? -1 : base + lane;
-                const bool direct = kOwn == OwnRows::kDirect && peers[n] == view.rank;
-                const int64_t at =
-                    static_cast<int64_t>(peers[n] * view.max_tokens + there) * view.combine_stride;
-                from[n] = lane >= 0 && !direct ? inbox + at : nullptr;
+        for (unsigned left = __ballot_sync(kFullWarp, slot >= 0); left != 0; left &= left - 1) {
+            const int lane = __ffs(left) - 1;
+            const int peer = base + lane;
+            if (kOwn == OwnRows::kDirect && peer == view.rank) {
+                sum.add(own);
+                continue;
             }
-            if (!await_sums<kInFlight>(watch, from, peers, lines, epoch, rows)) return false;
-#pragma unroll
-            for (int n = 0; n < kInFlight; ++n) {
-                rows[n].unpack();
-                if (from[n] != nullptr) {
-                    sum.add(rows[n]);
-                } else if (has_own && peers[n] == view.rank) {
-                    sum.add(own);
-                }
-            }
+            const int there = peer * view.max_tokens + __shfl_sync(kFullWarp, slot, lane);
+            const uint8_t* from = inbox + static_cast<int64_t>(there) * view.combine_stride;
+            SumUnit row;  // one at a time: two would cost registers, and were slower
+            if (!await_sum(watch, from, peer, lines, epoch, row)) return false;
+            row.unpack();
+            sum.add(row);
         }
     }
+    out = sum.rounded();
     return true;
 }
 
@@ -268,7 +245,7 @@ __device__ __forceinline__ CombineTokens combine_tokens(const View& view,
 }
 
 // The CTAs that receive. Padding rows and tokens without experts become zeros.
-template <int kInFlight, OwnRows kOwn, Weights kWeights>
+template <OwnRows kOwn, Weights kWeights>
 __device__ __forceinline__ void receive_sums(const View& view, const CombineInput& in,
                                              const CombineOutput& out, const Turn& turn,
                                              Share share) {
@@ -281,12 +258,11 @@ __device__ __forceinline__ void receive_sums(const View& view, const CombineInpu
         const int unit = item - token * view.sums;
         const int lines = sum_lines(view, unit);
         const int32_t* sent = out.routing.sent + static_cast<int64_t>(token) * view.num_ranks;
-        Sum sum;
-        if (token < tokens.valid && !gather_sums<kInFlight, kOwn, kWeights>(
-                                        view, in, watch, sent, unit, lines, turn, sum)) {
+        SumUnit row{};
+        if (token < tokens.valid &&
+            !gather_sums<kOwn, kWeights>(view, in, watch, sent, unit, lines, turn, row)) {
             return;
         }
-        const SumUnit row = sum.rounded();
         auto* to = reinterpret_cast<uint8_t*>(out.out + static_cast<int64_t>(token) * view.hidden) +
                    unit * kSumBytes;
 #pragma unroll
@@ -304,11 +280,11 @@ struct Bf16Sums {
                                                 const Turn& turn, Share share) {
         send_sums<kOwn, kWeights>(view, in, turn, share);
     }
-    template <int kInFlight, OwnRows kOwn, Weights kWeights>
+    template <OwnRows kOwn, Weights kWeights>
     static __device__ __forceinline__ void receive(const View& view, const CombineInput& in,
                                                    const CombineOutput& out, const Turn& turn,
                                                    Share share) {
-        receive_sums<kInFlight, kOwn, kWeights>(view, in, out, turn, share);
+        receive_sums<kOwn, kWeights>(view, in, out, turn, share);
     }
 };
 

@@ -5,7 +5,7 @@
 namespace ep {
 
 CombineKernels fp8_combine_kernels(bool late_weights) {
-    return combine_kernels_of<Fp8Sums, 1>(late_weights);
+    return combine_kernels_of<Fp8Sums>(late_weights);
 }
 
 }  // namespace ep

@@ -120,27 +120,39 @@ __device__ __forceinline__ bool sum_unit(const View& view, const CombineInput& i
 template <OwnRows kOwn, Weights kWeights>
 __device__ __forceinline__ bool gather_unit(const View& view, const CombineInput& in, Watch& watch,
                                             const int32_t* sent, int unit, const Turn& turn,
-                                            UnitSum& sum) {
+                                            ptx::Vector (&out)[UnitSum::kVectors]) {
     const uint64_t epoch = turn.epoch;
     const uint8_t* inbox =
         view.combine_in + view.combine_at(epoch) + unit * kUnitLines * kLineBytes;
+    Fp8Sum own;
+    if (kOwn == OwnRows::kDirect) {
+        const int slot = turn.absent.has(view, view.rank) ? -1 : sent[view.rank];
+        if (slot >= 0) {
+            const RowRef ref = load_ref(view, in.routing, view.rank, slot);
+            // Rounded as if it had travelled.
+            if (!sum_unit<kWeights>(view, in, watch, view.rank, slot, ref, unit, epoch, own)) {
+                return false;
+            }
+        }
+    }
+    UnitSum sum;  // not before: registers would not do
 #pragma unroll 1
     for (int r = 0; r < view.num_ranks; ++r) {
         const int slot = turn.absent.has(view, r) ? -1 : sent[r];
         if (slot < 0) continue;
-        Fp8Sum row;
         if (kOwn == OwnRows::kDirect && r == view.rank) {
-            const RowRef ref = load_ref(view, in.routing, r, slot);
-            // Rounded as if it had travelled.
-            if (!sum_unit<kWeights>(view, in, watch, r, slot, ref, unit, epoch, row)) return false;
-        } else {
-            const int64_t at = static_cast<int64_t>(r * view.max_tokens + slot);
-            const uint8_t* from = inbox + at * view.combine_stride;
-            if (!await_unit(watch, from, r, fp8_lines(view, unit), epoch, row.unit)) return false;
-            row.unpack();
+            own.add_to(sum);
+            continue;
         }
+        const int64_t at = static_cast<int64_t>(r * view.max_tokens + slot);
+        const uint8_t* from = inbox + at * view.combine_stride;
+        Fp8Sum row;
+        if (!await_unit(watch, from, r, fp8_lines(view, unit), epoch, row.unit)) return false;
+        row.unpack();
         row.add_to(sum);
     }
+#pragma unroll
+    for (int j = 0; j < UnitSum::kVectors; ++j) out[j] = sum.of[j].vector();
     return true;
 }
 
@@ -174,7 +186,7 @@ struct Fp8Sums {
     }
 
     // Padding rows and tokens without experts become zeros.
-    template <int, OwnRows kOwn, Weights kWeights>
+    template <OwnRows kOwn, Weights kWeights>
     static __device__ __forceinline__ void receive(const View& view, const CombineInput& in,
                                                    const CombineOutput& out, const Turn& turn,
                                                    Share share) {
@@ -186,9 +198,9 @@ struct Fp8Sums {
             if (token >= tokens.rows) return;
             const int unit = item - token * view.sums;
             const int32_t* sent = out.routing.sent + static_cast<int64_t>(token) * view.num_ranks;
-            UnitSum sum;
+            ptx::Vector result[UnitSum::kVectors] = {};
             if (token < tokens.valid &&
-                !gather_unit<kOwn, kWeights>(view, in, watch, sent, unit, turn, sum)) {
+                !gather_unit<kOwn, kWeights>(view, in, watch, sent, unit, turn, result)) {
                 return;
             }
             auto* row =
@@ -197,7 +209,7 @@ struct Fp8Sums {
 #pragma unroll
             for (int j = 0; j < UnitSum::kVectors; ++j) {
                 if (!UnitSum::has(j, lines)) continue;
-                *reinterpret_cast<ptx::Vector*>(row + UnitSum::byte(unit, j)) = sum.of[j].vector();
+                *reinterpret_cast<ptx::Vector*>(row + UnitSum::byte(unit, j)) = result[j];
             }
         }
     }

@@ -91,20 +91,20 @@ __device__ __forceinline__ void combine_send(const View& view, const CombineInpu
     }
 }
 
-template <class Sums, int kInFlight>
+template <class Sums>
 __device__ __forceinline__ void combine_recv(const View& view, const CombineOutput& out,
                                              const Turn& turn) {
     report_combine_reader(view, turn.epoch);
     if (blockIdx.x != 0) {
-        Sums::template receive<kInFlight, OwnRows::kThroughInbox, Weights::kKnown>(
-            view, {}, out, turn, share_after(1));
+        Sums::template receive<OwnRows::kThroughInbox, Weights::kKnown>(view, {}, out, turn,
+                                                                        share_after(1));
     } else if (keeps_order()) {
         settle_combine(view, out.wire, out.wait_ns, turn);
     }
 }
 
 // Both halves at once. Senders wait for nothing but weights, which are pushed before any wait.
-template <class Sums, int kInFlight, Weights kWeights>
+template <class Sums, Weights kWeights>
 __device__ __forceinline__ void combine_both(const View& view, const CombineInput& in,
                                              const CombineOutput& out, int send_ctas,
                                              const Turn& turn) {
@@ -121,8 +121,7 @@ __device__ __forceinline__ void combine_both(const View& view, const CombineInpu
         report_combine_reader(view, turn.epoch);
     } else {
         report_combine_reader(view, turn.epoch);
-        Sums::template receive<kInFlight, kOwn, kWeights>(view, in, out, turn,
-                                                          share_after(1 + send_ctas));
+        Sums::template receive<kOwn, kWeights>(view, in, out, turn, share_after(1 + send_ctas));
     }
 }
 

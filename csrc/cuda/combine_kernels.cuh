@@ -12,28 +12,26 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineCtas)
     combine_send<Sums, kWeights>(a.view, a.in, begin(a, Op::kCombine));
 }
 
-template <class Sums, int kInFlight>
+template <class Sums>
 __global__ void __launch_bounds__(kCombineThreads, kCombineCtas)
     combine_recv_kernel(const __grid_constant__ CombineRecvArgs a) {
-    combine_recv<Sums, kInFlight>(a.view, a.out, begin(a, Op::kCombine));
+    combine_recv<Sums>(a.view, a.out, begin(a, Op::kCombine));
 }
 
-template <class Sums, int kInFlight, Weights kWeights>
+template <class Sums, Weights kWeights>
 __global__ void __launch_bounds__(kCombineThreads, kCombineCtas)
     combine_fused_kernel(const __grid_constant__ CombineFusedArgs a) {
-    combine_both<Sums, kInFlight, kWeights>(a.view, a.in, a.out, a.send_ctas,
-                                            begin(a, Op::kCombine));
+    combine_both<Sums, kWeights>(a.view, a.in, a.out, a.send_ctas, begin(a, Op::kCombine));
 }
 
-template <class Sums, int kInFlight>
+template <class Sums>
 CombineKernels combine_kernels_of(bool late_weights) {
     constexpr Weights kKnown = Weights::kKnown, kLate = Weights::kLate;
-    const auto recv = combine_recv_kernel<Sums, kInFlight>;
+    const auto recv = combine_recv_kernel<Sums>;
     if (late_weights) {
-        return {combine_send_kernel<Sums, kLate>, recv,
-                combine_fused_kernel<Sums, kInFlight, kLate>};
+        return {combine_send_kernel<Sums, kLate>, recv, combine_fused_kernel<Sums, kLate>};
     }
-    return {combine_send_kernel<Sums, kKnown>, recv, combine_fused_kernel<Sums, kInFlight, kKnown>};
+    return {combine_send_kernel<Sums, kKnown>, recv, combine_fused_kernel<Sums, kKnown>};
 }
 
 }  // namespace ep

@@ -29,6 +29,29 @@ struct RecvScratch {
     }
 };
 
+// All threads.
+__device__ __forceinline__ void prepare_recv(const View& view, RecvScratch scratch) {
+#pragma unroll 1
+    for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
+        scratch.messages[s] = RecvScratch::kUnknown;
+    }
+    __syncthreads();
+}
+
+// All threads: ranks that are left out send nothing. Warps that already wait for a message of
+// theirs see it; the rest is read behind a barrier.
+__device__ __noinline__ inline void clear_absent(const View& view, Absent absent,
+                                                 RecvScratch scratch) {
+#pragma unroll 1
+    for (int e = threadIdx.x; e < view.num_experts; e += kThreads) {
+        if (absent.has(view, view.owner_of(e))) scratch.rows[e] = 0;
+    }
+#pragma unroll 1
+    for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
+        if (absent.has(view, s)) atomicExch(&scratch.messages[s], 0);
+    }
+}
+
 // A peer's numbers index our memory: never beyond the inbox.
 __device__ __forceinline__ int32_t checked_count(const View& view, int source, uint32_t n) {
     const auto limit = static_cast<uint32_t>(view.max_tokens);

@@ -11,18 +11,23 @@ template <bool kQuantise, int kRowVectors>
 __global__ void __launch_bounds__(kThreads, kDispatchCtas)
     dispatch_send_kernel(const __grid_constant__ DispatchSendArgs a) {
     extern __shared__ __align__(16) uint8_t smem[];
-    const Turn turn = begin(a, Op::kDispatch);
-    dispatch_send<kQuantise, kRowVectors>(a.view, a.in, a.stretch, turn, smem);
+    const SendScratch scratch = SendScratch::carve(smem, a.view);
+    const Turn turn = begin(a, Op::kDispatch, [&] { prepare_send(a.view, scratch); });
+    dispatch_send<kQuantise, kRowVectors>(a.view, a.in, a.stretch, turn, scratch);
 }
 
 template <bool kQuantise, int kRowVectors>
 __global__ void __launch_bounds__(kThreads, kDispatchCtas)
     dispatch_fused_kernel(const __grid_constant__ DispatchFusedArgs a) {
     extern __shared__ __align__(16) uint8_t smem[];
-    const Turn turn = begin(a, Op::kDispatch);
-    dispatch_send<kQuantise, kRowVectors>(a.view, a.in, a.stretch, turn, smem);
-    __syncthreads();  // the halves share the scratch memory
-    dispatch_recv(a.view, a.target, turn, smem);
+    const SendScratch sent = SendScratch::carve(smem, a.view);
+    const RecvScratch received = RecvScratch::carve(smem + SendScratch::bytes(a.view), a.view);
+    const Turn turn = begin(a, Op::kDispatch, [&] {
+        prepare_send(a.view, sent);
+        prepare_recv(a.view, received);
+    });
+    dispatch_send<kQuantise, kRowVectors>(a.view, a.in, a.stretch, turn, sent);
+    dispatch_recv(a.view, a.target, turn, received);
 }
 
 template <bool kQuantise, int kRowVectors>

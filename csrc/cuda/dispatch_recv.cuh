@@ -292,26 +292,22 @@ __device__ __forceinline__ bool receive_rows(const View& view, const RecvTarget&
     }
 }
 
-// All threads: ranks that are left out send nothing.
-__device__ __noinline__ inline void clear_absent(const View& view, Absent absent,
-                                                 RecvScratch scratch) {
-#pragma unroll 1
-    for (int e = threadIdx.x; e < view.num_experts; e += kThreads) {
-        if (absent.has(view, view.owner_of(e))) scratch.rows[e] = 0;
+// Every kernel that ends a dispatch calls this, in all CTAs: this one knows the epoch. One warp
+// alone stays for the others.
+__device__ __forceinline__ void report_dispatch_reader(const View& view, uint64_t epoch) {
+    if (this_warp() != kNoteWarp) {
+        ptx::arrive_with<kThreads>(epoch);
+        return;
     }
+    ptx::await_arrivals<kThreads>();
+    if ((threadIdx.x & 31) == 0) report_epoch_read(view.state->dispatch_readers);
 }
 
-// The whole grid, at least two CTAs.
+// The whole grid, at least two CTAs, behind prepare_recv.
 __device__ __forceinline__ void dispatch_recv(const View& view, const RecvTarget& target,
-                                              const Turn& turn, uint8_t* smem) {
-    const RecvScratch scratch = RecvScratch::carve(smem, view);
-#pragma unroll 1
-    for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
-        scratch.messages[s] = turn.absent.has(view, s) ? 0 : RecvScratch::kUnknown;
-    }
+                                              const Turn& turn, RecvScratch scratch) {
     if (turn.absent.maybe != 0) clear_absent(view, turn.absent, scratch);
-    __syncthreads();
-    if (threadIdx.x == 0) report_epoch_read(view.state->dispatch_readers);
+    report_dispatch_reader(view, turn.epoch);
     const bool ok = blockIdx.x == 0 ? keep_books(view, target, turn, scratch)
                                     : receive_rows(view, target, turn, scratch);
     if (ok && target.format == Format::kCompact) {

@@ -20,7 +20,8 @@ struct SendScratch {
         return view.message_vectors / kVectorsPerLine * kLinePayload;
     }
     static EP_HD int bytes(const View& view) {
-        return message_room(view) + 4 * (view.num_experts + 2 * view.num_ranks);
+        const int used = message_room(view) + 4 * (view.num_experts + 2 * view.num_ranks);
+        return static_cast<int>(round_up(used, 16));
     }
     static __device__ __forceinline__ SendScratch carve(uint8_t* smem, const View& view) {
         auto* words = reinterpret_cast<int32_t*>(smem + message_room(view));
@@ -29,6 +30,11 @@ struct SendScratch {
                 words + view.num_experts + view.num_ranks};
     }
 };
+
+__device__ __forceinline__ void prepare_send(const View& view, SendScratch scratch) {
+    clear_counts(view, scratch.counts);
+    __syncthreads();
+}
 
 __device__ __forceinline__ int valid_tokens(const View& view, const SendInput& in) {
     const int n = min(in.num_tokens, view.max_tokens);
@@ -54,8 +60,6 @@ __device__ __forceinline__ void announce_counts(const View& view, const SendInpu
                                                 SendScratch scratch) {
     const uint64_t epoch = turn.epoch;
     const uint32_t mask = turn.absent.digest(view);
-    clear_counts(view, scratch.counts, threadIdx.x, kThreads);
-    __syncthreads();
     count_tokens(view, in, turn.absent, num_tokens, scratch.counts);
     __syncthreads();
 
@@ -175,13 +179,8 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
     const int64_t out = view.dispatch_out + view.dispatch_at(epoch);
 
     if (first > 0) {
-        clear_counts(view, scratch.counts, threadIdx.x, kThreads);
-        __syncthreads();
         count_tokens(view, in, turn.absent, first, scratch.counts);
         __syncthreads();
-    } else if (routes) {  // nobody else needs them
-        clear_counts(view, scratch.counts, lane, 32);
-        __syncwarp();
     }
 #pragma unroll 1
     for (int t = first; t < last; ++t) {
@@ -215,8 +214,7 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
 
 template <bool kQuantise, int kRowVectors>
 __device__ __forceinline__ void dispatch_send(const View& view, const SendInput& in, int stretch,
-                                              const Turn& turn, uint8_t* smem) {
-    const SendScratch scratch = SendScratch::carve(smem, view);
+                                              const Turn& turn, SendScratch scratch) {
     const int num_tokens = valid_tokens(view, in);
     if (blockIdx.x == 0) {
         announce_counts(view, in, turn, num_tokens, scratch);

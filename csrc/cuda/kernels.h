@@ -61,11 +61,15 @@ struct CombineKernels {
     void (*fused)(CombineFusedArgs);
 };
 // Compiled for what sums travel as.
-CombineKernels bf16_combine_kernels(int num_ranks, bool late_weights);
+CombineKernels bf16_combine_kernels(bool late_weights);
 CombineKernels fp8_combine_kernels(bool late_weights);
 
-// Dynamic shared memory of the halves of dispatch, of which the fused kernel needs the larger.
-int send_scratch_bytes(const View& view);
-int recv_scratch_bytes(const View& view);
+// Bytes of dynamic shared memory of the halves of dispatch. The fused kernel has both, the send's
+// first.
+struct DispatchScratch {
+    int send;
+    int recv;
+};
+DispatchScratch dispatch_scratch(const View& view);
 
 }  // namespace ep

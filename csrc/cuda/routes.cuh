@@ -68,13 +68,12 @@ __device__ __forceinline__ Choice check_choice(const View& view, int raw, int fi
     return check.choice();
 }
 
-// By `step` threads.
-__device__ __forceinline__ void clear_counts(const View& view, RouteCounts counts, int thread,
-                                             int step) {
+// All threads.
+__device__ __forceinline__ void clear_counts(const View& view, RouteCounts counts) {
 #pragma unroll 1
-    for (int i = thread; i < view.num_experts; i += step) counts.rows[i] = 0;
+    for (int i = threadIdx.x; i < view.num_experts; i += kThreads) counts.rows[i] = 0;
 #pragma unroll 1
-    for (int r = thread; r < view.num_ranks; r += step) counts.messages[r] = 0;
+    for (int r = threadIdx.x; r < view.num_ranks; r += kThreads) counts.messages[r] = 0;
 }
 
 // Adds tokens [0, end) to cleared counts; all warps of the CTA, the caller synchronises. A warp

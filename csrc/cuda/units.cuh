@@ -150,6 +150,16 @@ struct SumUnit {
         v[2].hi = hi2;
         if (!is_last_line(3)) v[3].hi = hi3;
     }
+    // Lines that the unit lacks look as if they were there.
+    __device__ __forceinline__ void look(const uint8_t* from, int data_lines, uint64_t epoch) {
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+            v[j] = {0, epoch};
+            if (holds(j, data_lines)) {
+                v[j] = ptx::load_line_vector(from + byte_of(j, data_lines));
+            }
+        }
+    }
     __device__ __forceinline__ void store(uint8_t* to, int data_lines) const {
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {

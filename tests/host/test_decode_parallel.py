@@ -25,15 +25,6 @@ WEIGHTS = checkpoint.random(CONFIG, seed=11)
 PROMPTS = [b"In the beginning", b"", b"It is a truth", b"x", b"universally acknowledged", b"ab"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The matrices are tiny: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @contextmanager
 def ranks(
     num_ranks: int,

@@ -29,12 +29,6 @@ def place(request: pytest.FixtureRequest) -> Place:
     return chosen
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Small tensors: torch's threads would only take the cores from the ranks."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def normal_pools() -> Iterator[dict[str, Processes]]:
     """Processes, started when first asked for."""

@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,16 +11,6 @@ from torch import Tensor
 from ep_runtime.lm import checkpoint, train
 from ep_runtime.lm.config import LmConfig
 from ep_runtime.lm.model import LanguageModel, Layer, route
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The matrices are tiny: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 CONFIG = LmConfig(
     layers=2, hidden=128, heads=2, num_experts=8, topk=3, inner=16, shared_inner=32, max_context=32
