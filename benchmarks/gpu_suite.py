@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 
 PER_GPU = 4  # workers: more of them only wait for each other while torch loads its kernels
+ACROSS_GPUS = 6  # the same, where every worker uses all GPUs
 WORKER_BYTES = 10 << 30  # of GPU memory: every kernel of torch is loaded, and torch keeps a cache
 NOTHING_TO_RUN = 5  # pytest's exit status
 REPORT_S = 20.0  # for pytest to say what it has, after Ctrl-C
@@ -55,12 +56,17 @@ def beside(workers: int, *more: str) -> list[str]:
     return ["-n", str(workers), "--dist=load", "--maxschedchunk=1", *more]
 
 
+def across_gpus(workers: int) -> int:
+    """Of so many workers, those that may use all GPUs together."""
+    return min(workers, ACROSS_GPUS)
+
+
 def passes(workers: int, gpus: int) -> list[Pass]:
     """(which tests, more arguments of pytest). Tests of one GPU are spread over all of them."""
     one = (ONE_GPU, beside(workers, "--gpu-per-worker"))
     if gpus < 2:
         return [one, ("alone", [])]
-    return [one, (ALL_GPUS, beside(workers // gpus)), ("alone", [])]
+    return [one, (ALL_GPUS, beside(across_gpus(workers))), ("alone", [])]
 
 
 def status(codes: Sequence[int]) -> int:

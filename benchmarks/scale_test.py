@@ -22,7 +22,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_suite import ALL_GPUS, ONE_GPU, PER_GPU, beside, find_workers
+from benchmarks.gpu_suite import (
+    ALL_GPUS,
+    ONE_GPU,
+    PER_GPU,
+    across_gpus,
+    beside,
+    find_workers,
+)
 from benchmarks.timed_parts import Part, run_parts, summary
 from ep_runtime.bench import report
 from ep_runtime.bench.records import read_records
@@ -40,6 +47,8 @@ LARGE_TOKENS = "512,1024"
 PREFILL_TOKENS = "4096"
 FIRST_TESTS = ("tests/backends", "tests/normal")
 REPLAY_TEST = "tests/graphs/test_any_order_gpu.py"
+# A rank on every GPU is a process here; ranks of one process are left to `make gpu-test`.
+REAL_RANKS = "not virtual and not threads"
 OURS = ("--peers", "none", "--no-parts")  # what is quickest
 TABLES = 70  # lines of a benchmark's output that hold its tables
 
@@ -72,10 +81,12 @@ def plan(request: Request) -> list[Part]:
     """All parts, the most important first. Their shares add up to less than TOTAL_S."""
     one = request.gpus == 1
     marked, alone = (ONE_GPU, "alone") if one else (ALL_GPUS, "alone and multi")
-    workers = beside(request.workers // request.gpus)
+    workers = beside(request.workers if one else across_gpus(request.workers))
     large, more = f"{request.label}-large", f"{request.label}-more"
     others = [folder for folder in folders_with_tests() if folder not in FIRST_TESTS]
     suite = [*FIRST_TESTS, *others, "--timeout=60", f"--ignore={REPLAY_TEST}"]
+    if not one:
+        suite += ["-k", REAL_RANKS]
     return [
         _tests("suite", marked, [*suite, *workers], 125),
         _tests("alone", alone, suite, 75),
@@ -99,7 +110,7 @@ def notes(request: Request) -> list[str]:
     if request.gpus == 1:
         said.append(f"{SHARED_RANKS} ranks share the GPU under MPS: no link is measured")
     else:
-        said.append("tests that use one GPU are left to `make gpu-test`")
+        said.append("tests that use one GPU, or ranks of one process, are left to `make gpu-test`")
         if request.gpus not in (2, 4, 8):
             said.append("tests use 2, 4 or 8 GPUs, benchmarks all of them")
     wanted = (DECODE_EXPERTS, MORE_EXPERTS)

@@ -132,8 +132,10 @@ void CudaRank::prepare(Wire wire, int num_sms) {
         int per_sm = 0;
         cudaFuncAttributes loaded{};
         EP_CUDA(cudaFuncGetAttributes(&loaded, kernel));
-        EP_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(scratch)));
+        if (loaded.maxDynamicSharedSizeBytes < scratch) {
+            EP_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(scratch)));
+        }
         EP_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads,
                                                               static_cast<size_t>(scratch)));
         room_[w][k] = {std::max(1, per_sm * num_sms), scratch};

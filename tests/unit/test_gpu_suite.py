@@ -43,7 +43,7 @@ def test_every_gpu_test_is_in_one_pass_and_disturbed_ones_alone(workers: int, gp
     assert chosen("gpu", "alone") == [(last, False, False)]
     assert chosen() == []
     if gpus > 1:
-        assert chosen("multi") == chosen("multi", "gpu") == [(1, workers // gpus > 1, False)]
+        assert chosen("multi") == chosen("multi", "gpu") == [(1, workers > 1, False)]
         assert chosen("multi", "alone") == [(last, False, False)]
 
 
