@@ -12,6 +12,9 @@ from ep_runtime import Buffer, EpConfig, World, virtual_ranks
 from ep_runtime.config import DispatchFormat
 from ep_runtime.launch import launch
 
+# Up to 60 s where many tests run at a time, and half as long before, for torch to load its kernels.
+pytestmark = pytest.mark.timeout(240)
+
 BUCKETS = (4, 16, 32)
 OPERATIONS = 2000
 
