@@ -134,7 +134,7 @@ struct SendItem {
     }
 };
 
-// The CTAs that send. Pairs with await_sums at each message's source. Warps that gave up leave one
+// The CTAs that send. Pairs with await_unit at each message's source. Warps that gave up leave one
 // by one: no barrier follows, and the abort word stops whatever comes next.
 template <OwnRows kOwn, Weights kWeights>
 __device__ __forceinline__ void send_sums(const View& view, const CombineInput& in,
@@ -167,24 +167,6 @@ __device__ __forceinline__ void send_sums(const View& view, const CombineInput& 
                       static_cast<int64_t>(now.slot) * view.combine_stride +
                       now.unit * kSumLines * kLineBytes,
                   lines);
-    }
-}
-
-// Waits for a unit of a sum. Whole warps; false: gave up.
-__device__ __forceinline__ bool await_sum(Watch& watch, const uint8_t* from, int peer, int lines,
-                                          uint64_t epoch, SumUnit& unit) {
-    while (true) {
-        unit.look(from, lines, epoch);
-        Missing missing{false, peer, epoch, 0, nullptr};
-#pragma unroll
-        for (int j = 0; j < SumUnit::kVectors; ++j) {
-            if (!holds_tag(lane_id()) || unit.v[j].hi == epoch) continue;
-            missing.waiting = true;
-            missing.seen = unit.v[j].hi;
-            missing.at = from + SumUnit::byte_of(j, lines);
-        }
-        if (!__any_sync(kFullWarp, missing.waiting)) return true;
-        if (!wait_for_more(watch, missing)) return false;
     }
 }
 
@@ -224,7 +206,7 @@ __device__ __forceinline__ bool gather_sums(const View& view, const CombineInput
             const int there = peer * view.max_tokens + __shfl_sync(kFullWarp, slot, lane);
             const uint8_t* from = inbox + static_cast<int64_t>(there) * view.combine_stride;
             SumUnit row;  // one at a time: two would cost registers, and were slower
-            if (!await_sum(watch, from, peer, lines, epoch, row)) return false;
+            if (!await_unit(watch, from, peer, lines, epoch, row)) return false;
             row.unpack();
             sum.add(row);
         }

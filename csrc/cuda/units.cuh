@@ -41,6 +41,8 @@ struct RowUnit {
     static __device__ __forceinline__ bool is_last_line(int vector) {
         return vector == 1 && lane_id() >= 24;
     }
+    // Where a vector lies in the message.
+    static __device__ __forceinline__ int byte_of(int vector, int) { return unit_byte(vector); }
     // Of a unit with so many lines of data.
     static __device__ __forceinline__ bool holds(int vector, int data_lines) {
         return line_of(vector) < data_lines || is_last_line(vector);
@@ -72,7 +74,7 @@ struct RowUnit {
     __device__ __forceinline__ void store(uint8_t* to, int data_lines) const {
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
-            if (holds(j, data_lines)) ptx::store_line_vector(to + unit_byte(j), v[j]);
+            if (holds(j, data_lines)) ptx::store_line_vector(to + byte_of(j, data_lines), v[j]);
         }
     }
     // Lines that the unit lacks look as if they were there.
@@ -80,29 +82,10 @@ struct RowUnit {
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
             v[j] = {0, epoch};
-            if (holds(j, data_lines)) v[j] = ptx::load_line_vector(from + unit_byte(j));
+            if (holds(j, data_lines)) v[j] = ptx::load_line_vector(from + byte_of(j, data_lines));
         }
     }
 };
-
-// Waits for a unit. `looked`: it holds a first look already. Whole warps; false: gave up.
-__device__ __forceinline__ bool await_unit(Watch& watch, const uint8_t* from, int peer, int lines,
-                                           uint64_t epoch, RowUnit& unit, bool looked = false) {
-    while (true) {
-        if (!looked) unit.look(from, lines, epoch);
-        looked = false;
-        Missing missing{false, peer, epoch, 0, nullptr};
-#pragma unroll
-        for (int j = 0; j < RowUnit::kVectors; ++j) {
-            if (!holds_tag(lane_id()) || unit.v[j].hi == epoch) continue;
-            missing.waiting = true;
-            missing.seen = unit.v[j].hi;
-            missing.at = from + unit_byte(j);
-        }
-        if (!__any_sync(kFullWarp, missing.waiting)) return true;
-        if (!wait_for_more(watch, missing)) return false;
-    }
-}
 
 // A unit of a combined row: four vectors a lane, the fourth with two lines of data. The line behind
 // the data, lanes 16 to 23 of the fourth vector, holds the displaced granules: those of the first
@@ -169,5 +152,24 @@ struct SumUnit {
         }
     }
 };
+
+// Waits for a unit of a row or of a sum. Whole warps; false: gave up.
+template <class Unit>
+__device__ __forceinline__ bool await_unit(Watch& watch, const uint8_t* from, int peer, int lines,
+                                           uint64_t epoch, Unit& unit) {
+    while (true) {
+        unit.look(from, lines, epoch);
+        Missing missing{false, peer, epoch, 0, nullptr};
+#pragma unroll
+        for (int j = 0; j < Unit::kVectors; ++j) {
+            if (!holds_tag(lane_id()) || unit.v[j].hi == epoch) continue;
+            missing.waiting = true;
+            missing.seen = unit.v[j].hi;
+            missing.at = from + Unit::byte_of(j, lines);
+        }
+        if (!__any_sync(kFullWarp, missing.waiting)) return true;
+        if (!wait_for_more(watch, missing)) return false;
+    }
+}
 
 }  // namespace ep
