@@ -20,15 +20,9 @@ __device__ __forceinline__ void note_combined(const View& view, const CombineInp
 // The warp of CTA 0 that keeps order: its last.
 __device__ __forceinline__ bool keeps_order() { return threadIdx.x >= kCombineThreads - 32; }
 
-// Every kernel that ends a combine calls this, in all CTAs: this one knows the epoch. One warp
-// alone stays for the others.
 __device__ __forceinline__ void report_combine_reader(const View& view, uint64_t epoch) {
-    if (!keeps_order()) {
-        ptx::arrive_with<kCombineThreads>(epoch);
-        return;
-    }
-    ptx::await_arrivals<kCombineThreads>();
-    if (threadIdx.x == kCombineThreads - 32) report_epoch_read(view.state->combine_readers);
+    report_epoch_read<kCombineThreads>(keeps_order(), threadIdx.x == kCombineThreads - 32,
+                                       view.state->combine_readers, epoch);
 }
 
 // CTA 0's first warp tells every rank that this one has finished its last combine but one. That is

@@ -292,22 +292,12 @@ __device__ __forceinline__ bool receive_rows(const View& view, const RecvTarget&
     }
 }
 
-// Every kernel that ends a dispatch calls this, in all CTAs: this one knows the epoch. One warp
-// alone stays for the others.
-__device__ __forceinline__ void report_dispatch_reader(const View& view, uint64_t epoch) {
-    if (this_warp() != kNoteWarp) {
-        ptx::arrive_with<kThreads>(epoch);
-        return;
-    }
-    ptx::await_arrivals<kThreads>();
-    if ((threadIdx.x & 31) == 0) report_epoch_read(view.state->dispatch_readers);
-}
-
 // The whole grid, at least two CTAs, behind prepare_recv.
 __device__ __forceinline__ void dispatch_recv(const View& view, const RecvTarget& target,
                                               const Turn& turn, RecvScratch scratch) {
     if (turn.absent.maybe != 0) clear_absent(view, turn.absent, scratch);
-    report_dispatch_reader(view, turn.epoch);
+    report_epoch_read<kThreads>(this_warp() == kNoteWarp, (threadIdx.x & 31) == 0,
+                                view.state->dispatch_readers, turn.epoch);
     const bool ok = blockIdx.x == 0 ? keep_books(view, target, turn, scratch)
                                     : receive_rows(view, target, turn, scratch);
     if (ok && target.format == Format::kCompact) {

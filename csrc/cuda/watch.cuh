@@ -20,10 +20,23 @@ __device__ __forceinline__ uint64_t* abort_word(const View& view, int r) {
 }
 
 // A receive moves its chain's counter on, which is safe once every CTA of the kernel has read it:
-// each says so, after a barrier of the CTA behind the read, and one warp waits for all. It
-// need not wait long: the CTAs are resident together, and this comes after the wait for peers. (An
-// operation that gave up leaves its readers counted until reset(): hence "at least".)
-__device__ __forceinline__ void report_epoch_read(uint32_t& readers) { atomicAdd(&readers, 1u); }
+// each says so, and one warp waits for all. It need not wait long: the CTAs are resident together,
+// and this comes after the wait for peers. (An operation that gave up leaves its readers counted
+// until reset(): hence "at least".)
+//
+// Every kernel that ends an operation calls this, in all CTAs of kThreads threads: this one knows
+// the epoch. One warp, which `stays`, waits for the others; its thread that `speaks` counts the
+// CTA.
+template <int kThreads>
+__device__ __forceinline__ void report_epoch_read(bool stays, bool speaks, uint32_t& readers,
+                                                  uint64_t epoch) {
+    if (!stays) {
+        ptx::arrive_with<kThreads>(epoch);
+        return;
+    }
+    ptx::await_arrivals<kThreads>();
+    if (speaks) atomicAdd(&readers, 1u);
+}
 
 // One warp: have all CTAs read the epoch?
 __device__ __forceinline__ bool all_have_read(uint32_t& readers) {
