@@ -9,7 +9,7 @@ ARGS ?=
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --no-build-isolation --disable-pip-version-check
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
-CXX_FILES := $(NATIVE) $(shell find tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+CXX_FILES := $(NATIVE) $(shell find tests benchmarks -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 PACKAGE_PARTS := graphs integrations
 
 .PHONY: help decode test gpu-test scale-test bench lint format build clean

@@ -13,34 +13,26 @@
 // the slower rank's median, least and most of kReplays. --check stops after the checks (for
 // compute-sanitizer). Exit status 1 if a line was wrong or a rank recorded a fault.
 #include <algorithm>
-#include <barrier>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "cuda/error.h"
-#include "cuda/memory.h"
 #include "cuda/normal_rank.h"
-#include "ep/fp8.h"
+#include "normal_inputs.h"
+#include "replays.cuh"
 
 namespace {
 
 using namespace ep;
 
-constexpr int kRanks = 2;
 constexpr int kRepeats = 10;
 constexpr int kReplays = 12;
-constexpr int kWarmups = 2;
-constexpr int kHidden = 7168;
-constexpr int kTopk = 8;
-constexpr int kExperts = 256;
-constexpr int kLocalExperts = kExperts / kRanks;
-constexpr int kGroup = 128;  // channels of one FP8 scale
 constexpr uint64_t kBudgetNs = 2'000'000'000;
 
 struct Options {
@@ -50,112 +42,32 @@ struct Options {
     std::vector<int> sms = {8, 24, 0};
 };
 
-// Rows of one format.
-struct Rows {
-    const char* name;
-    int row_bytes;
-    int num_scales;
-};
-constexpr Rows kBf16{"BF16", 2 * kHidden, 0};
-constexpr Rows kFp8{"FP8", kHidden, kHidden / kGroup};
-
-// Lets both ranks start together: each waits, boundedly, for the other's number.
-__global__ void meet_kernel(volatile int* mine, volatile const int* other, int number) {
-    *mine = number;
-    __threadfence_system();
-    const long long start = clock64();
-    while (*other < number && clock64() - start < 2'000'000'000) {
-    }
-}
-
-template <class T>
-class Array {
-  public:
-    Array(size_t n, int device) : size_(n), memory_(static_cast<int64_t>(n * sizeof(T)), device) {}
-    Array(const std::vector<T>& values, int device) : Array(values.size(), device) {
-        EP_CUDA(cudaMemcpy(data(), values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
-    }
-    T* data() const { return reinterpret_cast<T*>(memory_.address()); }
-    std::vector<T> copy() const {
-        std::vector<T> values(size_);
-        EP_CUDA(cudaMemcpy(values.data(), data(), size_ * sizeof(T), cudaMemcpyDeviceToHost));
-        return values;
-    }
-
-  private:
-    size_t size_;
-    DeviceMemory memory_;
-};
-
-uint64_t mix(uint64_t v) {
-    v = (v ^ (v >> 30)) * 0xbf58476d1ce4e5b9ull;
-    v = (v ^ (v >> 27)) * 0x94d049bb133111ebull;
-    return v ^ (v >> 31);
-}
-
-// A rank's inputs on the host. x serves as BF16 rows, and its first half as FP8 ones.
-struct Inputs {
-    std::vector<uint8_t> x;
-    std::vector<uint32_t> scales;
-    std::vector<int64_t> topk_idx;
-    std::vector<float> weights;
-    std::vector<uint16_t> y;  // what this rank's experts give, row by row
-
-    Inputs(int rank, int num_tokens) {
-        const auto tokens = static_cast<size_t>(num_tokens);
-        x.resize(tokens * kBf16.row_bytes);
-        auto* words = reinterpret_cast<uint64_t*>(x.data());
-        for (size_t i = 0; i < x.size() / 8; ++i) words[i] = mix(i * 2 + rank);
-        scales.resize(tokens * kFp8.num_scales);
-        for (size_t i = 0; i < scales.size(); ++i) {
-            scales[i] = static_cast<uint32_t>(mix(i * 2 + rank + 77));
-        }
-        for (size_t t = 0; t < tokens; ++t) {
-            int64_t chosen[kTopk];
-            for (int k = 0; k < kTopk; ++k) {
-                uint64_t draw = mix((t * kRanks + rank) * 1000 + k);
-                int64_t expert = static_cast<int64_t>(draw % kExperts);
-                while (std::find(chosen, chosen + k, expert) != chosen + k) {
-                    draw = mix(draw);
-                    expert = static_cast<int64_t>(draw % kExperts);
-                }
-                chosen[k] = expert;
-                topk_idx.push_back(expert);
-                weights.push_back(static_cast<float>(k + 1) / 16.0f);
-            }
-        }
-        y.resize(tokens * kRanks * kHidden);
-        for (size_t i = 0; i < y.size(); ++i) {
-            const uint64_t draw = mix(i * 2 + rank + 99);
-            y[i] = float_to_bf16(static_cast<float>(static_cast<int>(draw % 20001) - 10000) /
-                                 static_cast<float>(1 << (draw >> 32) % 8));
-        }
-    }
-    bool goes(int token, int rank) const {
-        for (int k = 0; k < kTopk; ++k) {
-            if (topk_idx[token * kTopk + k] / kLocalExperts == rank) return true;
-        }
-        return false;
-    }
-};
+int64_t control_bytes() { return normal::ControlLayout::make(kRanks, kExperts).bytes; }
 
 // What the two threads share.
 struct Shared {
     Options options;
-    int device[kRanks];
-    int num_tokens;
+    std::vector<int> device;  // of each rank
     int64_t block_bytes, data_bytes;
     std::vector<Inputs> inputs;
-    std::vector<DeviceMemory*> controls, datas;
-    DeviceMemory* numbers[kRanks];
-    std::barrier<> meet{kRanks};
-    std::vector<float> times[kRanks];
+    std::deque<DeviceMemory> controls, datas;
+    StartLine line;
+    std::vector<std::vector<float>> times;
     bool right[kRanks] = {true, true};
 
-    int64_t most_rows() const { return int64_t{kRanks} * num_tokens; }
+    Shared(const Options& o, bool on_one_gpu)
+        : options(o), device{0, on_one_gpu ? 0 : 1}, line(device), times(kRanks) {
+        block_bytes =
+            normal::BlockLayout::make(most_rows(), kBf16.row_bytes, kFp8.num_scales, kTopk).bytes;
+        data_bytes = block_bytes + normal::InboxLayout::make(o.num_tokens, kHidden, kTopk).bytes;
+        for (int r = 0; r < kRanks; ++r) {
+            controls.emplace_back(control_bytes(), device[r]);
+            datas.emplace_back(data_bytes, device[r]);
+            inputs.emplace_back(r, o.num_tokens);
+        }
+    }
+    int64_t most_rows() const { return int64_t{kRanks} * options.num_tokens; }
 };
-
-int64_t control_bytes() { return normal::ControlLayout::make(kRanks, kExperts).bytes; }
 
 // One rank's thread.
 struct Rank {
@@ -174,16 +86,16 @@ struct Rank {
     Array<int32_t> per_rank, per_expert, prefix, position, counts;
     Array<uint8_t> in_rank;
 
-    static std::vector<std::uintptr_t> addresses(const std::vector<DeviceMemory*>& memories) {
+    static std::vector<std::uintptr_t> addresses(const std::deque<DeviceMemory>& memories) {
         std::vector<std::uintptr_t> found;
-        for (const DeviceMemory* memory : memories) found.push_back(memory->address());
+        for (const DeviceMemory& memory : memories) found.push_back(memory.address());
         return found;
     }
     Rank(Shared& s, int rank)
         : shared(s),
           me(rank),
           gpu(s.device[rank]),
-          num_tokens(s.num_tokens),
+          num_tokens(s.options.num_tokens),
           in(s.inputs[rank]),
           local(sizeof(normal::State), gpu),
           faults(4096),
@@ -210,7 +122,7 @@ struct Rank {
     StreamHandle handle() const { return reinterpret_cast<StreamHandle>(stream); }
     NormalTables tables() const { return {prefix.data(), position.data()}; }
     NormalRoutes routes() const { return {topk_idx.data(), 8, weights.data(), kTopk}; }
-    uint8_t* data() const { return reinterpret_cast<uint8_t*>(shared.datas[me]->address()); }
+    uint8_t* data() const { return reinterpret_cast<uint8_t*>(shared.datas[me].address()); }
 
     void count() const {
         const NormalLayout layout{per_rank.data(), per_expert.data(), in_rank.data()};
@@ -256,7 +168,6 @@ struct Rank {
                     fault.peer);
         shared.right[me] = false;
     }
-    void time(const std::function<void()>& work);
 };
 
 // The block of this rank, laid out from everybody's inputs.
@@ -319,65 +230,30 @@ void Rank::check_combine() const {
     }
 }
 
-void Rank::time(const std::function<void()>& work) {
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    EP_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < kRepeats; ++i) work();
-    EP_CUDA(cudaStreamEndCapture(stream, &graph));
-    EP_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-    EP_CUDA(cudaGraphUpload(exec, stream));
-    cudaEvent_t begin, end;
-    EP_CUDA(cudaEventCreate(&begin));
-    EP_CUDA(cudaEventCreate(&end));
-    auto* mine = reinterpret_cast<int*>(shared.numbers[me]->address());
-    auto* other = reinterpret_cast<int*>(shared.numbers[1 - me]->address());
-    shared.times[me].clear();
-    for (int i = 0; i < kWarmups + kReplays; ++i) {
-        EP_CUDA(cudaMemsetAsync(mine, 0, sizeof(int), stream));
-        EP_CUDA(cudaStreamSynchronize(stream));
-        shared.meet.arrive_and_wait();
-        meet_kernel<<<1, 1, 0, stream>>>(mine, other, 1);
-        EP_CUDA(cudaEventRecord(begin, stream));
-        EP_CUDA(cudaGraphLaunch(exec, stream));
-        EP_CUDA(cudaEventRecord(end, stream));
-        EP_CUDA(cudaStreamSynchronize(stream));
-        float ms = 0;
-        EP_CUDA(cudaEventElapsedTime(&ms, begin, end));
-        if (i >= kWarmups) shared.times[me].push_back(1000 * ms / kRepeats);
-        shared.meet.arrive_and_wait();
-    }
-    EP_CUDA(cudaEventDestroy(begin));
-    EP_CUDA(cudaEventDestroy(end));
-    EP_CUDA(cudaGraphExecDestroy(exec));
-    EP_CUDA(cudaGraphDestroy(graph));
-}
-
 void report(const Shared& shared, const std::string& name) {
-    std::vector<float> slower;
-    for (int i = 0; i < kReplays; ++i) {
-        slower.push_back(std::max(shared.times[0][i], shared.times[1][i]));
-    }
-    std::sort(slower.begin(), slower.end());
+    const std::vector<float> slower = slowest_times(shared.times);
     std::printf("  %-20s %7.1f us (%.1f-%.1f)\n", name.c_str(), slower[kReplays / 2],
                 slower.front(), slower.back());
     std::fflush(stdout);
 }
 
 void measure(Rank& rank, const std::string& name, const std::function<void()>& work) {
-    rank.time(work);
-    if (rank.me == 0) report(rank.shared, name);
-    rank.shared.meet.arrive_and_wait();
+    Shared& shared = rank.shared;
+    shared.times[rank.me] =
+        time_replays(shared.line, rank.me, rank.stream, kRepeats, kReplays, work);
+    shared.line.meet();
+    if (rank.me == 0) report(shared, name);
+    shared.line.meet();
 }
 
 void check(Rank& rank, int sms) {
-    rank.shared.meet.arrive_and_wait();
+    rank.shared.line.meet();
     for (const Rows& rows : {kBf16, kFp8}) {
         EP_CUDA(cudaMemsetAsync(rank.data(), 0xab, rank.shared.data_bytes, rank.stream));
         EP_CUDA(cudaMemsetAsync(rank.out.data(), 0xab, int64_t{rank.num_tokens} * 2 * kHidden,
                                 rank.stream));
         EP_CUDA(cudaStreamSynchronize(rank.stream));
-        rank.shared.meet.arrive_and_wait();
+        rank.shared.line.meet();
         rank.count();
         rank.dispatch(rows, sms);
         rank.combine(sms);
@@ -385,7 +261,7 @@ void check(Rank& rank, int sms) {
         rank.check_dispatch(rows);
         rank.check_combine();
         rank.check_faults();
-        rank.shared.meet.arrive_and_wait();
+        rank.shared.line.meet();
     }
 }
 
@@ -415,7 +291,7 @@ void run_rank(Shared& shared, int me) {
         });
         rank.check_faults();
     }
-    shared.meet.arrive_and_wait();  // both are done before either's memory goes
+    shared.line.meet();  // both are done before either's memory goes
 }
 
 // A rank that throws would leave the other in a barrier, so the program ends here.
@@ -465,9 +341,6 @@ int main(int argc, char** argv) {
         std::fprintf(stderr, "a GPU is needed, none here\n");
         return 1;
     }
-    Shared shared{};
-    shared.options = options;
-    shared.num_tokens = options.num_tokens;
     const bool together = options.one_gpu || gpus == 1;
     if (together) {
         std::puts("both ranks on one GPU: no link is measured");
@@ -475,26 +348,9 @@ int main(int argc, char** argv) {
         enable_peer_access(0, 1);
         enable_peer_access(1, 0);
     }
-    shared.block_bytes =
-        normal::BlockLayout::make(shared.most_rows(), kBf16.row_bytes, kFp8.num_scales, kTopk)
-            .bytes;
-    shared.data_bytes =
-        shared.block_bytes + normal::InboxLayout::make(shared.num_tokens, kHidden, kTopk).bytes;
-    std::vector<DeviceMemory*> owned;
-    const auto make = [&](int64_t bytes, int device) {
-        owned.push_back(new DeviceMemory(bytes, device));
-        return owned.back();
-    };
-    for (int r = 0; r < kRanks; ++r) {
-        shared.device[r] = together ? 0 : r;
-        shared.controls.push_back(make(control_bytes(), shared.device[r]));
-        shared.datas.push_back(make(shared.data_bytes, shared.device[r]));
-        shared.numbers[r] = make(4, shared.device[r]);
-    }
-    for (int r = 0; r < kRanks; ++r) shared.inputs.emplace_back(r, options.num_tokens);
+    Shared shared(options, together);
     std::thread second([&] { run_or_exit(shared, 1); });
     run_or_exit(shared, 0);
     second.join();
-    for (DeviceMemory* memory : owned) delete memory;
     return shared.right[0] && shared.right[1] ? 0 : 1;
 }

@@ -17,8 +17,6 @@
 // weights); FP8 lines are only timed. Exit status 1 if a line was wrong or recorded a fault.
 // Figures to publish come from `ep-runtime bench low-latency`.
 #include <algorithm>
-#include <array>
-#include <barrier>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -33,18 +31,15 @@
 #include <vector>
 
 #include "cuda/cuda_rank.h"
-#include "cuda/error.h"
-#include "cuda/memory.h"
 #include "ep/fp8.h"
+#include "replays.cuh"
 
 namespace {
 
 using namespace ep;
 
-constexpr int kMostRanks = 8;
 constexpr int kPairs = 50;
 constexpr int kReplays = 20;
-constexpr int kWarmups = 2;
 constexpr int kHidden = 7168;
 constexpr int kTopk = 8;
 constexpr uint64_t kBudgetNs = 3'000'000'000;
@@ -54,7 +49,7 @@ constexpr double kErrorLimit = 1e-2;  // two BF16 roundings are 0.4e-2 at most
 // Where the ranks are.
 struct Place {
     int ranks;
-    std::array<int, kMostRanks> device;
+    std::vector<int> device;
     int num_sms;  // that a rank's kernels may fill; 0: all
 };
 
@@ -72,61 +67,26 @@ struct Case {
     What what = What::kPair;
 };
 
-// Lets the ranks start together: each waits, boundedly, for the others' numbers.
-struct Numbers {
-    volatile int* of[kMostRanks];
-};
-__global__ void meet_kernel(Numbers numbers, int ranks, int me, int number) {
-    *numbers.of[me] = number;
-    __threadfence_system();
-    const long long start = clock64();
-    for (int r = 0; r < ranks; ++r) {
-        while (*numbers.of[r] < number && clock64() - start < 2'000'000'000) {
-        }
-    }
-}
-
-template <class T>
-class Array {
-  public:
-    explicit Array(size_t n, int device) : memory_(static_cast<int64_t>(n * sizeof(T)), device) {}
-    Array(const std::vector<T>& values, int device) : Array(values.size(), device) {
-        EP_CUDA(
-            cudaMemcpy(data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-    }
-    T* data() const { return reinterpret_cast<T*>(memory_.address()); }
-
-  private:
-    DeviceMemory memory_;
-};
-
 // What the threads share for one case.
 struct Shared {
     Shape shape;
-    std::deque<DeviceMemory> heaps, locals, numbers;
+    std::deque<DeviceMemory> heaps, locals;
     std::deque<PinnedMemory> faults;
-    std::barrier<> meet;
-    std::vector<float> times[kMostRanks];
-    double error[kMostRanks] = {};
+    StartLine line;
+    std::vector<std::vector<float>> times;
+    std::vector<double> error;
 
-    Shared(const Shape& s, const Place& place) : shape(s), meet(place.ranks) {
+    Shared(const Shape& s, const Place& place)
+        : shape(s), line(place.device), times(place.ranks), error(place.ranks) {
         for (int r = 0; r < place.ranks; ++r) {
             heaps.emplace_back(HeapLayout::make(s).bytes, place.device[r]);
             locals.emplace_back(LocalLayout::make(s).bytes, place.device[r]);
-            numbers.emplace_back(4, place.device[r]);
             faults.emplace_back(4096);
         }
     }
     std::vector<std::uintptr_t> heap_addresses() const {
         std::vector<std::uintptr_t> all;
         for (const DeviceMemory& heap : heaps) all.push_back(heap.address());
-        return all;
-    }
-    Numbers all_numbers() const {
-        Numbers all{};
-        for (size_t r = 0; r < numbers.size(); ++r) {
-            all.of[r] = reinterpret_cast<int*>(numbers[r].address());
-        }
         return all;
     }
 };
@@ -230,37 +190,16 @@ void run_rank(int me, const Case& c, const Place& place, Shared& shared) {
         rank.combine_send(0, rows_home, c.num_tokens, handle);
         rank.combine_recv(0, sums, handle);
     };
-    shared.meet.arrive_and_wait();
+    shared.line.meet();
     pair(What::kPair);
     EP_CUDA(cudaStreamSynchronize(stream));
     const bool checked = c.wire == Wire::kBf16 && !compact;
     shared.error[me] = checked ? largest_error(host.x, out.data()) : -1;
 
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    EP_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < kPairs; ++i) pair(c.what);
-    EP_CUDA(cudaStreamEndCapture(stream, &graph));
-    EP_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-    EP_CUDA(cudaGraphUpload(exec, stream));
-    cudaEvent_t begin, end;
-    EP_CUDA(cudaEventCreate(&begin));
-    EP_CUDA(cudaEventCreate(&end));
-    for (int i = 0; i < kWarmups + kReplays; ++i) {
-        shared.meet.arrive_and_wait();
-        meet_kernel<<<1, 1, 0, stream>>>(shared.all_numbers(), place.ranks, me, i + 1);
-        EP_CUDA(cudaEventRecord(begin, stream));
-        EP_CUDA(cudaGraphLaunch(exec, stream));
-        EP_CUDA(cudaEventRecord(end, stream));
-        EP_CUDA(cudaStreamSynchronize(stream));
-        float ms = 0;
-        EP_CUDA(cudaEventElapsedTime(&ms, begin, end));
-        if (i >= kWarmups) shared.times[me].push_back(1000 * ms / kPairs);
-    }
-    EP_CUDA(cudaGraphExecDestroy(exec));
-    EP_CUDA(cudaGraphDestroy(graph));
+    shared.times[me] =
+        time_replays(shared.line, me, stream, kPairs, kReplays, [&] { pair(c.what); });
     EP_CUDA(cudaStreamDestroy(stream));
-    shared.meet.arrive_and_wait();  // all are done before anybody's memory goes
+    shared.line.meet();  // all are done before anybody's memory goes
 }
 
 // A rank that throws would leave the others in a barrier, so the program ends here.
@@ -284,19 +223,13 @@ bool measure(const Case& c, const Place& place) {
     }
     run_or_exit(0, c, place, shared);
     for (std::thread& other : others) other.join();
-    std::vector<float> slowest = shared.times[0];
-    for (int r = 1; r < place.ranks; ++r) {
-        for (int i = 0; i < kReplays; ++i) {
-            slowest[i] = std::max(slowest[i], shared.times[r][i]);
-        }
-    }
-    std::sort(slowest.begin(), slowest.end());
+    const std::vector<float> slowest = slowest_times(shared.times);
     std::printf("%-16s T=%4d E=%3d %s pdl=%d: median %.2f us (%.2f-%.2f)", c.name, c.num_tokens,
                 c.num_experts, c.fused ? "fused" : "split", c.pdl, slowest[kReplays / 2],
                 slowest.front(), slowest.back());
     bool right = true;
     if (shared.error[0] >= 0) {
-        const double worst = *std::max_element(shared.error, shared.error + place.ranks);
+        const double worst = *std::max_element(shared.error.begin(), shared.error.end());
         std::printf("  largest error %.2g", worst);
         right = worst <= kErrorLimit;
         if (!right) std::printf(" WRONG");
@@ -320,11 +253,12 @@ bool measure(const Case& c, const Place& place) {
 // fit.
 Place on_one_gpu(int ranks, bool pdl, int num_sms) {
     const int kernels = ranks * (pdl ? 2 : 1);
-    return {ranks, {}, num_sms > 0 ? num_sms : device_attributes(0).at("num_sms") / kernels};
+    return {ranks, std::vector<int>(ranks),
+            num_sms > 0 ? num_sms : device_attributes(0).at("num_sms") / kernels};
 }
 
 Place on_gpus(int ranks, int num_sms) {
-    Place place{ranks, {}, num_sms};
+    Place place{ranks, std::vector<int>(ranks), num_sms};
     for (int r = 0; r < ranks; ++r) {
         place.device[r] = r;
         for (int peer = 0; peer < ranks; ++peer) {
