@@ -14,7 +14,7 @@ import torch
 
 from ep_runtime.errors import ShapeError
 from ep_runtime.native import _C
-from ep_runtime.normal.config import NormalConfig, block_bytes, inbox_bytes
+from ep_runtime.normal.config import block_bytes, inbox_bytes
 from ep_runtime.normal.handles import (
     Layout,
     NodeRouting,
@@ -23,6 +23,7 @@ from ep_runtime.normal.handles import (
     NormalStats,
     RailTables,
 )
+from ep_runtime.normal.node_shape import NodeShape
 from ep_runtime.normal.ops import Routes, Tables
 from ep_runtime.normal.rails import Rails
 from ep_runtime.normal.receive import Target
@@ -30,38 +31,6 @@ from ep_runtime.normal.steps import NormalSteps
 from ep_runtime.normal.validate import Outgoing
 
 MOST_UNROUTED = 32  # ranks of a group that can dispatch without topk_idx
-
-
-@dataclass(frozen=True, slots=True)
-class NodeShape:
-    """Where a rank stands among N nodes of G ranks."""
-
-    num_nodes: int
-    ranks_per_node: int
-    rank: int
-
-    @classmethod
-    def of(cls, config: NormalConfig, num_ranks: int, rank: int) -> NodeShape:
-        """The declared nodes, or one."""
-        nodes = config.num_nodes(num_ranks)
-        return cls(nodes, num_ranks // nodes, rank)
-
-    @property
-    def node(self) -> int:
-        return self.rank // self.ranks_per_node
-
-    @property
-    def local(self) -> int:
-        return self.rank % self.ranks_per_node
-
-    @property
-    def rail_members(self) -> list[int]:
-        return [n * self.ranks_per_node + self.local for n in range(self.num_nodes)]
-
-    @property
-    def node_members(self) -> list[int]:
-        first = self.node * self.ranks_per_node
-        return list(range(first, first + self.ranks_per_node))
 
 
 @dataclass(frozen=True, slots=True)

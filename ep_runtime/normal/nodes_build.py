@@ -12,7 +12,8 @@ from ep_runtime.memory.nvshmem import load_nvshmem, symmetric_region
 from ep_runtime.native import _C
 from ep_runtime.normal.config import NormalConfig
 from ep_runtime.normal.heap import HeapSizes
-from ep_runtime.normal.nodes import NodePath, NodeShape
+from ep_runtime.normal.node_shape import NodeShape
+from ep_runtime.normal.nodes import NodePath
 from ep_runtime.normal.rails import MappedRails, NodePart, Rails, WiredRail
 from ep_runtime.normal.rank import Provider
 from ep_runtime.normal.steps import NormalSteps

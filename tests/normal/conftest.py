@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from node_places import nodes as nodes
+from node_places import open_pair as open_pair
 from ranks import GPU_PLACES, HOST_PLACES, Group, Place, Processes, ProcessGroup, multi_places
 from ranks import ThreadGroup as VirtualGroup
 from support import new_rng

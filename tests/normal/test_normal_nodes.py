@@ -6,8 +6,7 @@ which must give the same bits, and holds them against a reference that knows of 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import node_groups
@@ -23,97 +22,13 @@ from expect import (
     random_results,
     random_tokens,
 )
-from gpus import num_gpus
 from node_groups import NodePlace, Pair, check_near, goes_to_node, sum_by_nodes
-from ranks import Group, Place, Processes, ProcessGroup, ThreadGroup
+from node_places import MOST, OpenPair
+from ranks import ThreadGroup
 from test_normal_autograd import layer
 
-from ep_runtime import ConfigError, PeerTimeout, ShapeError
-from ep_runtime.normal import virtual_normal_ranks
-from ep_runtime.normal.nodes_flat import sum_by_nodes as sum_of_flat_groups
-from ep_runtime.normal.ops import Tables
+from ep_runtime import ShapeError
 from ep_runtime.normal.reference import ExpectedRows, RankTokens
-
-OpenPair = Callable[..., Pair]
-MOST = 40
-BUDGET_S = 0.5
-
-HOST = [
-    NodePlace(Place("threads", "host", 4), 2),
-    NodePlace(Place("threads", "host", 4), 1),
-    NodePlace(Place("threads", "host", 6), 3, "puts"),
-    NodePlace(Place("threads", "host", 8), 4),
-    NodePlace(Place("threads", "host", 8), 2, "puts"),
-    NodePlace(Place("processes", "host", 4), 2),
-    NodePlace(Place("processes", "host", 4), 2, "puts"),
-]
-GPU = [
-    NodePlace(Place("threads", "cuda", 4, (0,)), 2),
-    NodePlace(Place("threads", "cuda", 4, (0,)), 2, "puts"),
-    NodePlace(Place("threads", "cuda", 4, (0,)), 1, "puts"),
-]
-MULTI = [
-    NodePlace(Place("threads", "cuda", 4, (0, 1)), 2),  # each node on both GPUs
-    NodePlace(Place("threads", "cuda", 4, (0, 0, 1, 1)), 2, "puts"),  # a GPU each
-    *[NodePlace(Place("processes", "cuda", n), n // 2, "puts") for n in [num_gpus()]],
-]
-
-
-def _params() -> Iterator[object]:
-    for places, marks in ((HOST, ()), (GPU, (pytest.mark.gpu,)), (MULTI, (pytest.mark.multi,))):
-        for one in places:
-            yield pytest.param(one, id=one.name, marks=marks)
-
-
-@pytest.fixture(params=_params(), scope="module")
-def nodes(request: pytest.FixtureRequest) -> NodePlace:
-    chosen: NodePlace = request.param
-    return chosen
-
-
-def load_torch_kernels(devices: Sequence[int]) -> None:
-    """Those of the flat groups' sum: torch would load them while ranks wait for each other."""
-    for device in set(devices):
-        zeros = torch.zeros((4, 8), dtype=torch.int32, device=torch.device("cuda", device))
-        rows = zeros.bfloat16()
-        sum_of_flat_groups(
-            lambda _tables, _rows, _weights: None,
-            Tables(zeros, zeros),
-            4,
-            [rows],
-            rows,
-            zeros.float(),
-        )
-        torch.cuda.synchronize(device)
-
-
-@pytest.fixture
-def open_pair(nodes: NodePlace, normal_pools: dict[str, Processes]) -> Iterator[OpenPair]:
-    groups: list[Group] = []
-    if nodes.place.backend == "cuda" and nodes.place.kind == "threads":
-        load_torch_kernels(nodes.place.devices or ())
-
-    def one(between: str, **sizes: Any) -> Group:
-        place = nodes.place
-        sizes |= {"ranks_per_node": nodes.ranks_per_node, "between_nodes": between}
-        if place.kind == "threads":
-            made: Group = ThreadGroup(place.num_ranks, place.backend, place.devices, **sizes)
-        else:
-            # A process holds one buffer: each of the two groups has processes of its own.
-            name = f"{place.name}-{between}"
-            if name not in normal_pools:
-                normal_pools[name] = Processes(place.num_ranks, place.backend)
-            made = ProcessGroup(normal_pools[name], **sizes)
-        groups.append(made)
-        return made
-
-    def make(**sizes: Any) -> Pair:
-        given = {"max_tokens": MOST, "max_hidden": 1024, "max_experts": 64, **sizes}
-        return Pair(one(nodes.between, **given), one("flat", **given))
-
-    yield make
-    for group in groups:
-        group.close()
 
 
 def combine_and_check(
@@ -342,66 +257,6 @@ def test_gradients_are_those_of_the_flat_group(
         pair.both(layer, arguments)
 
 
-@pytest.mark.parametrize("what", ["exact", "worst", "cached", "combine"])
-def test_an_absent_rank_is_named_by_all_others(
-    open_pair: OpenPair, nodes: NodePlace, rng: torch.Generator, what: str
-) -> None:
-    """Also by those that share neither its node nor its rail."""
-    pair, ranks = open_pair(), nodes.num_ranks
-    group, experts = pair.layered, 4 * nodes.num_ranks
-    absent = ranks - 1
-    inputs = [random_tokens(rng, 8, 256, 4, experts) for _ in range(ranks)]
-    options: dict[str, Any] = {"num_experts": experts}
-    got = group.run(programs.dispatch_with, [(one, options) for one in inputs])
-    check_received(got, inputs, experts)
-    group.run(programs.query, [("set_time_budget", BUDGET_S)] * ranks)
-    calls: dict[str, tuple[Any, list[Any]]] = {
-        "exact": (programs.dispatch_with, [(one, options) for one in inputs]),
-        "worst": (
-            programs.dispatch_with,
-            [(one, options | {"num_worst_tokens": 8 * ranks}) for one in inputs],
-        ),
-        "cached": (programs.cached, [(one, "last") for one in inputs]),
-        "combine": (
-            programs.combine,
-            [(torch.zeros(rows.x.shape).bfloat16(), None, []) for rows in got],
-        ),
-    }
-    program, arguments = calls[what]
-    started = time.monotonic()
-    outcomes = group.outcomes(
-        program, [None if rank == absent else arguments[rank] for rank in range(ranks)]
-    )
-    late = group.outcomes(settle, [None if rank == absent else () for rank in range(ranks)])
-    assert time.monotonic() - started < 20 * BUDGET_S
-    for rank in range(ranks - 1):
-        told = [o for o in (outcomes[rank], late[rank]) if isinstance(o, BaseException)]
-        assert told, f"rank {rank} was not told"
-        assert isinstance(told[0], PeerTimeout), told[0]
-        assert told[0].peer == absent, told[0]
-    group.run(programs.query, [("reset",)] * ranks)
-    got = group.run(programs.dispatch_with, [(one, options) for one in inputs])
-    check_received(got, inputs, experts)
-
-
-def settle(buffer: Any) -> None:
-    buffer._ops.synchronize()
-    buffer.check()
-
-
-def test_more_tokens_than_a_rail_keeps_are_refused(
-    open_pair: OpenPair, nodes: NodePlace, rng: torch.Generator
-) -> None:
-    group, experts = open_pair(max_tokens=8).layered, 4 * nodes.num_ranks
-    tokens = random_tokens(rng, 9, 256, 4, experts)
-    for outcome in group.outcomes(
-        programs.dispatch_with, [(tokens, {"num_experts": experts})] * nodes.num_ranks
-    ):
-        assert isinstance(outcome, ShapeError)
-        assert "max_tokens=8" in str(outcome)
-        assert "reserve" in str(outcome)
-
-
 def test_one_node_is_a_flat_group(rng: torch.Generator) -> None:
     sizes = {"max_tokens": MOST, "max_hidden": 256, "max_experts": 64}
     alone = ThreadGroup(4, "host", None, **sizes)
@@ -414,31 +269,3 @@ def test_one_node_is_a_flat_group(rng: torch.Generator) -> None:
     pair.both(programs.combine, [(y, w, []) for y, w in zip(rows, weights, strict=True)])
     alone.close()
     declared.close()
-
-
-@pytest.mark.parametrize(
-    ("given", "value"),
-    [
-        ({"ranks_per_node": 3}, "ranks_per_node=3"),
-        ({"ranks_per_node": 0}, "ranks_per_node=0"),
-        ({"ranks_per_node": 2, "between_nodes": "pigeon"}, "'pigeon'"),
-        ({"between_nodes": "direct"}, "without ranks_per_node"),
-        ({"ranks_per_node": 2, "max_tokens": 1 << 20}, "max_tokens=1048576"),
-    ],
-)
-def test_nodes_that_cannot_be(given: dict[str, Any], value: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        virtual_normal_ranks(4, backend="host", **{"max_tokens": 8, "max_hidden": 128, **given})
-    assert value in str(caught.value)
-
-
-def test_ranks_that_declare_different_nodes_are_told(normal_pools: dict[str, Processes]) -> None:
-    name = "host-processes4-disagreeing"
-    pool = normal_pools.setdefault(name, Processes(4, "host"))
-    sizes = {"max_tokens": 8, "max_hidden": 128}
-    answers = pool.ask(
-        [("open", {**sizes, "ranks_per_node": 1 if r == 3 else 2}) for r in range(4)]
-    )
-    for answer in answers:
-        assert isinstance(answer, ConfigError)
-        assert "rank 3 has ranks_per_node=1 (not 2)" in str(answer)
