@@ -14,7 +14,7 @@ __device__ __forceinline__ void note_combined(const View& view, const CombineInp
         if (!absent.has(view, s)) messages += in.routing.received[s];
     }
     const int bytes = in.wire == Wire::kFp8 ? view.fp8_sum_bytes : 2 * view.hidden;
-    view.stats->bytes_combined += messages * bytes;
+    add_statistic(view.stats->bytes_combined, messages * bytes);
 }
 
 // The warp of CTA 0 that keeps order: its last.

@@ -6,7 +6,7 @@
 
 namespace ep {
 
-// Shared memory: message | rows[R][L] | messages[R] | first_row[L + 1].
+// Shared memory: room for messages | rows[R][L] | messages[R] | first_row[L + 1].
 struct RecvScratch {
     uint64_t* message;
     int32_t* rows;  // that source s sends for local expert x
@@ -18,12 +18,11 @@ struct RecvScratch {
     static EP_HD int message_room(const View& view) {
         return view.message_vectors / kVectorsPerLine * kLinePayload;
     }
-    static EP_HD int bytes(const View& view) {
-        return message_room(view) +
-               4 * (view.num_experts + view.num_ranks + view.local_experts + 1);
+    static EP_HD int bytes(const View& view, int room) {
+        return room + 4 * (view.num_experts + view.num_ranks + view.local_experts + 1);
     }
-    static __device__ __forceinline__ RecvScratch carve(uint8_t* smem, const View& view) {
-        auto* words = reinterpret_cast<int32_t*>(smem + message_room(view));
+    static __device__ __forceinline__ RecvScratch carve(uint8_t* smem, const View& view, int room) {
+        auto* words = reinterpret_cast<int32_t*>(smem + room);
         return {reinterpret_cast<uint64_t*>(smem), words, words + view.num_experts,
                 words + view.num_experts + view.num_ranks};
     }
@@ -35,7 +34,6 @@ __device__ __forceinline__ void prepare_recv(const View& view, RecvScratch scrat
     for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
         scratch.messages[s] = RecvScratch::kUnknown;
     }
-    __syncthreads();
 }
 
 // All threads: ranks that are left out send nothing. Warps that already wait for a message of

@@ -55,6 +55,16 @@ int grid_for(int64_t items, int resident) {
     return static_cast<int>(std::clamp<int64_t>(items, 1, resident));
 }
 
+// Dispatch: from so many tokens, or messages, to a CTA the kernels for many are quicker; from so
+// many messages, half of the CTAs had better only send (docs/performance.md has the table).
+constexpr double kManyTokens = 2.0;
+constexpr double kManyMessages = 3.5;
+constexpr double kMessagesToPart = 15.0;
+// These kernels run where there is room for CTA 0, one that sends and one that receives.
+bool are_many(int64_t items, double to_a_cta, int ctas) {
+    return ctas > 2 && static_cast<double>(items) >= to_a_cta * ctas;
+}
+
 // Combine: CTAs that share the work of so many warps. Little work is spread over many SMs: one SM
 // alone would be a narrow door.
 constexpr int64_t kSpread = 64;
@@ -126,9 +136,11 @@ void CudaRank::prepare(Wire wire, int num_sms) {
         views.back().starts_early = options_.pdl;
     }
     const DispatchScratch scratch = dispatch_scratch(views[0]);
+    const DispatchScratch many = dispatch_many_scratch(views[0]);
     const DispatchKernels dispatch = dispatch_kernels(views[0], wire);
+    const RecvKernels receive = dispatch_recv_kernels();
     const auto load = [&](Kernel k, const void* kernel, int64_t scratch) {
-        const int threads = k <= kDispatchFused ? kThreads : kCombineThreads;
+        const int threads = k < kCombineSend ? kThreads : kCombineThreads;
         int per_sm = 0;
         cudaFuncAttributes loaded{};
         EP_CUDA(cudaFuncGetAttributes(&loaded, kernel));
@@ -141,8 +153,11 @@ void CudaRank::prepare(Wire wire, int num_sms) {
         room_[w][k] = {std::max(1, per_sm * num_sms), scratch};
     };
     load(kDispatchSend, address(dispatch.send), scratch.send);
-    load(kDispatchRecv, address(dispatch_recv_kernel_ptr()), scratch.recv);
+    load(kDispatchRecv, address(receive.recv), scratch.recv);
     load(kDispatchFused, address(dispatch.fused), scratch.send + scratch.recv);
+    load(kSendMany, address(dispatch.send_many), many.send);
+    load(kRecvMany, address(receive.recv_many), many.recv);
+    load(kFusedMany, address(dispatch.fused_many), many.send + many.recv);
     const CombineKernels known = combine_kernels(Wire::kBf16, false);
     const CombineKernels late = combine_kernels(Wire::kBf16, true);
     load(kCombineSend, address(known.send), 0);
@@ -168,9 +183,9 @@ int CudaRank::expected_tokens(int expected) const {
     return expected > 0 ? std::min(expected, ctx_.shape.max_tokens) : ctx_.shape.max_tokens;
 }
 
-// CTA 0 announces, the others send a stretch of tokens each.
-static int stretch_of(int num_tokens, int grid) {
-    return static_cast<int>(std::max<int64_t>(1, ceil_div(num_tokens, grid - 1)));
+// Tokens of each CTA that sends.
+static int stretch_of(int num_tokens, int ctas) {
+    return static_cast<int>(std::max<int64_t>(1, ceil_div(num_tokens, ctas)));
 }
 
 const View& CudaRank::view(int chain, Wire wire) const {
@@ -196,21 +211,29 @@ const CudaRank::Room& CudaRank::room(Kernel kernel, Wire wire) const {
 void CudaRank::dispatch_send(int chain, const SendInput& in, StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
     const View& v = view(chain, in.wire);
-    const Room& r = room(kDispatchSend, in.wire);
+    const DispatchKernels kernels = dispatch_kernels(v, in.wire);
+    const Room& sms = room(kSendMany, in.wire);
+    const bool many = are_many(in.num_tokens, kManyTokens, sms.resident);
+    const Room& r = many ? sms : room(kDispatchSend, in.wire);
     const int grid = 1 + grid_for(in.num_tokens, r.resident - 1);
-    launch(dispatch_kernels(v, in.wire).send, {grid, kThreads, r.scratch, stream, options_.pdl},
-           DispatchSendArgs{.in = in, .stretch = stretch_of(in.num_tokens, grid), .view = v});
+    launch(many ? kernels.send_many : kernels.send,
+           {grid, kThreads, r.scratch, stream, options_.pdl},
+           DispatchSendArgs{.in = in, .stretch = stretch_of(in.num_tokens, grid - 1), .view = v});
 }
 
 void CudaRank::dispatch_recv(int chain, const RecvTarget& target, int expected,
                              StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
-    const int64_t messages = static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected);
+    const int64_t messages = int64_t{ctx_.shape.num_ranks} * expected_tokens(expected);
     const View& v = view(chain, target.wire);
-    const Room& r = room(kDispatchRecv, target.wire);
+    const RecvKernels kernels = dispatch_recv_kernels();
+    const Room& sms = room(kRecvMany, target.wire);
+    const bool many = are_many(messages, kManyMessages, sms.resident);
+    const Room& r = many ? sms : room(kDispatchRecv, target.wire);
     // CTA 0 keeps the books.
     const int grid = 1 + grid_for(messages, r.resident - 1);
-    launch(dispatch_recv_kernel_ptr(), {grid, kThreads, r.scratch, stream, options_.pdl},
+    launch(many ? kernels.recv_many : kernels.recv,
+           {grid, kThreads, r.scratch, stream, options_.pdl},
            DispatchRecvArgs{.target = target, .view = v});
 }
 
@@ -218,16 +241,24 @@ void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& 
                               int expected, StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
     if (in.wire != target.wire) throw std::invalid_argument("a dispatch has one wire format");
-    const int64_t messages = static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected);
-    const int64_t wanted =
-        std::max<int64_t>({2, 1 + messages, 1 + static_cast<int64_t>(in.num_tokens)});
+    const int64_t messages = int64_t{ctx_.shape.num_ranks} * expected_tokens(expected);
     const View& v = view(chain, in.wire);
-    const Room& r = room(kDispatchFused, in.wire);
+    const DispatchKernels kernels = dispatch_kernels(v, in.wire);
+    const Room& sms = room(kFusedMany, in.wire);
+    const bool many = are_many(messages, kManyMessages, sms.resident);
+    const Room& r = many ? sms : room(kDispatchFused, in.wire);
+    const int64_t wanted = 1 + std::max<int64_t>({1, messages, in.num_tokens});
     const int grid = grid_for(wanted, r.resident);
-    if (grid < 2) throw CudaFailure("dispatch_fused needs two resident CTAs; allow more SMs");
-    launch(dispatch_kernels(v, in.wire).fused, {grid, kThreads, r.scratch, stream, options_.pdl},
-           DispatchFusedArgs{
-               .in = in, .stretch = stretch_of(in.num_tokens, grid), .target = target, .view = v});
+    require_room({grid, 0}, 2, "dispatch_fused");
+    const bool apart = are_many(messages, kMessagesToPart, sms.resident);
+    const int senders = apart ? (grid - 1) / 2 : grid - 1;
+    launch(many ? kernels.fused_many : kernels.fused,
+           {grid, kThreads, r.scratch, stream, options_.pdl},
+           DispatchFusedArgs{.in = in,
+                             .stretch = stretch_of(in.num_tokens, senders),
+                             .first_receiver = apart ? 1 + senders : 1,
+                             .target = target,
+                             .view = v});
 }
 
 void CudaRank::combine_send(int chain, const CombineInput& in, int expected,

@@ -54,6 +54,9 @@ class CudaRank {
         kDispatchSend,
         kDispatchRecv,
         kDispatchFused,
+        kSendMany,  // dispatches of many tokens
+        kRecvMany,
+        kFusedMany,
         kCombineSend,
         kCombineRecv,
         kCombineFused,

@@ -31,9 +31,9 @@ struct SendScratch {
     }
 };
 
+// All threads, as are all preparations; the caller synchronises.
 __device__ __forceinline__ void prepare_send(const View& view, SendScratch scratch) {
     clear_counts(view, scratch.counts);
-    __syncthreads();
 }
 
 __device__ __forceinline__ int valid_tokens(const View& view, const SendInput& in) {
@@ -81,13 +81,20 @@ __device__ __forceinline__ void announce_counts(const View& view, const SendInpu
     for (int i = num_tokens * view.num_ranks + threadIdx.x; i < padded; i += kThreads) {
         in.routing.sent[i] = -1;
     }
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == kThreads - 32) {  // the first warps have counts to pull next
         uint64_t messages = 0;
 #pragma unroll 1
         for (int r = 0; r < view.num_ranks; ++r) messages += scratch.counts.messages[r];
-        view.stats->messages_sent += messages;
-        view.stats->bytes_dispatched += messages * view.message_bytes;
+        add_statistic(view.stats->messages_sent, messages);
+        add_statistic(view.stats->bytes_dispatched, messages * view.message_bytes);
     }
+}
+
+// One warp: entries that name no expert, or one twice.
+__device__ __forceinline__ void report_dropped(const View& view, const Choice& c, int raw) {
+    const unsigned dropped = __ballot_sync(kFullWarp, c.dropped);
+    if (dropped == 0 || static_cast<int>(threadIdx.x & 31) != __ffs(dropped) - 1) return;
+    record_routing(view, __popc(dropped), raw);
 }
 
 // One warp, entry k at lane k: the header, and the token's slot at every rank; then counts the
@@ -114,8 +121,7 @@ __device__ __forceinline__ void route_token(const View& view, const SendInput& i
 #pragma unroll 1
     for (int r = lane; r < view.num_ranks; r += 32) sent[r] = scratch.slots[r];
 
-    const unsigned dropped = __ballot_sync(kFullWarp, c.dropped);
-    if (dropped != 0 && lane == __ffs(dropped) - 1) record_routing(view, __popc(dropped), raw);
+    report_dropped(view, c, raw);
 }
 
 // The weight of lane k's entry. Where weights come with the combine, k itself: combine finds them
@@ -135,30 +141,27 @@ __device__ __forceinline__ void stage_scales(const View& view, const SendInput& 
     }
 }
 
-// Cuts the message in shared memory into lines and stores them to its slot at every rank it goes
-// to; all threads. Pairs with the receivers' polls of the tags. Starts with the next rank, so that
-// ranks do not all write to the same one at once.
-__device__ __forceinline__ void push_message(const View& view, SendScratch scratch, int64_t out,
-                                             uint64_t epoch) {
+// Stores vector v of the message in shared memory to its slot at every rank it goes to; the lanes
+// of a warp store whole lines. Pairs with the receivers' polls of the tags. Starts with the next
+// rank, so that ranks do not all write to the same one at once.
+__device__ __forceinline__ void push_vector(const View& view, SendScratch scratch, int v,
+                                            int64_t out, uint64_t epoch) {
+    const int g = first_granule(v);
+    const ptx::Vector vector{scratch.message[g], holds_tag(v) ? epoch : scratch.message[g + 1]};
+    int dst = view.rank;
 #pragma unroll 1
-    for (int v = threadIdx.x; v < view.message_vectors; v += kThreads) {
-        const int g = first_granule(v);
-        const ptx::Vector vector{scratch.message[g], holds_tag(v) ? epoch : scratch.message[g + 1]};
-        int dst = view.rank;
-#pragma unroll 1
-        for (int j = 0; j < view.num_ranks; ++j) {
-            dst = dst + 1 < view.num_ranks ? dst + 1 : 0;
-            const int slot = scratch.slots[dst];
-            if (slot < 0) continue;
-            uint8_t* to = view.peer[dst] + out + static_cast<int64_t>(slot) * view.message_stride;
-            ptx::store_line_vector(to + 16 * v, vector);
-        }
+    for (int j = 0; j < view.num_ranks; ++j) {
+        dst = dst + 1 < view.num_ranks ? dst + 1 : 0;
+        const int slot = scratch.slots[dst];
+        if (slot < 0) continue;
+        uint8_t* to = view.peer[dst] + out + static_cast<int64_t>(slot) * view.message_stride;
+        ptx::store_line_vector(to + 16 * v, vector);
     }
 }
 
 // The other CTAs: a stretch of consecutive tokens each, so that what earlier tokens chose is
 // counted once. The last warp routes: with most hidden sizes it has the least of the row.
-template <bool kQuantise, int kRowVectors>
+template <bool kQuantise, int kRowPairs>
 __device__ __forceinline__ void push_tokens(const View& view, const SendInput& in, const Turn& turn,
                                             int num_tokens, int stretch, SendScratch scratch) {
     const int first = (static_cast<int>(blockIdx.x) - 1) * stretch;
@@ -169,7 +172,7 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
     const int lane = threadIdx.x & 31;
     const bool routes = threadIdx.x >= kStagingThreads;
     const bool has_entry = routes && lane < view.topk;
-    RowRegisters<kRowVectors> row;
+    RowRegisters<kRowPairs> row;
     row.load(in.x + first * in.row_stride,
              view.input_vectors);  // in flight while earlier tokens are counted
     int64_t entry = static_cast<int64_t>(first) * view.topk + lane;
@@ -207,19 +210,22 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
             if (more) row.load(in.x + (t + 1) * in.row_stride, view.input_vectors);
         }
         __syncthreads();
-        push_message(view, scratch, out, epoch);
+#pragma unroll 1
+        for (int v = threadIdx.x; v < view.message_vectors; v += kThreads) {
+            push_vector(view, scratch, v, out, epoch);
+        }
         if (more) __syncthreads();  // the message buffer is free again
     }
 }
 
-template <bool kQuantise, int kRowVectors>
+template <bool kQuantise, int kRowPairs>
 __device__ __forceinline__ void dispatch_send(const View& view, const SendInput& in, int stretch,
                                               const Turn& turn, SendScratch scratch) {
     const int num_tokens = valid_tokens(view, in);
     if (blockIdx.x == 0) {
         announce_counts(view, in, turn, num_tokens, scratch);
     } else {
-        push_tokens<kQuantise, kRowVectors>(view, in, turn, num_tokens, stretch, scratch);
+        push_tokens<kQuantise, kRowPairs>(view, in, turn, num_tokens, stretch, scratch);
     }
 }
 

@@ -11,6 +11,7 @@ namespace ep {
 
 // CTAs to an SM, which decide how many registers a thread may have.
 inline constexpr int kDispatchCtas = 2;
+inline constexpr int kDispatchManyCtas = 1;
 inline constexpr int kCombineCtas = 2;
 
 struct DispatchSendArgs {
@@ -25,6 +26,7 @@ struct DispatchRecvArgs {
 struct DispatchFusedArgs {
     SendInput in;
     int32_t stretch;
+    int32_t first_receiver;  // CTA of the kernel for many tokens; those before it only send
     RecvTarget target;
     View view;
 };
@@ -43,17 +45,23 @@ struct CombineFusedArgs {
     View view;
 };
 
-// Compiled for whether they quantise and for the row vectors of a thread (1, 2 or 5: rows of up to
-// 480, 960 or 2400 vectors as the caller gives them).
+// Compiled for whether they quantise and for the pairs of a row's vectors that a thread takes (1 or
+// 3: rows of up to 960 or 2880 vectors as the caller gives them). The kernels for many tokens serve
+// any row.
 struct DispatchKernels {
     void (*send)(DispatchSendArgs);
     void (*fused)(DispatchFusedArgs);
+    void (*send_many)(DispatchSendArgs);
+    void (*fused_many)(DispatchFusedArgs);
 };
 DispatchKernels plain_dispatch_kernels(int input_vectors);
 DispatchKernels fp8_dispatch_kernels(int input_vectors);
 
-using RecvKernel = void (*)(DispatchRecvArgs);
-RecvKernel dispatch_recv_kernel_ptr();
+struct RecvKernels {
+    void (*recv)(DispatchRecvArgs);
+    void (*recv_many)(DispatchRecvArgs);
+};
+RecvKernels dispatch_recv_kernels();
 
 struct CombineKernels {
     void (*send)(CombineSendArgs);
@@ -71,5 +79,6 @@ struct DispatchScratch {
     int recv;
 };
 DispatchScratch dispatch_scratch(const View& view);
+DispatchScratch dispatch_many_scratch(const View& view);
 
 }  // namespace ep

@@ -144,6 +144,19 @@ __device__ __forceinline__ void await_stores() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
+// Adds one to a counter in shared memory where `counts`: an atomic that nobody waits for, and no
+// branch.
+__device__ __forceinline__ void count_if(bool counts, int32_t* counter) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.u32 p, %1, 0;\n"
+        "@p red.shared.add.u32 [%0], 1;\n"
+        "}" ::"r"(shared_address(counter)),
+        "r"(static_cast<uint32_t>(counts))
+        : "memory");
+}
+
 // 16 bytes from global to shared memory, of this thread and for it alone: part of its next
 // commit_copies().
 __device__ __forceinline__ void start_copy(void* to, const void* from) {
@@ -163,6 +176,13 @@ __device__ __forceinline__ void await_copies() {
 __device__ __forceinline__ uint32_t pack_bf16x2(float lo, float hi) {
     uint32_t out;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(hi), "f"(lo));
+    return out;
+}
+
+// To one unit in the last place; subnormal results are zero.
+__device__ __forceinline__ float reciprocal(float x) {
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
     return out;
 }
 

@@ -19,6 +19,11 @@ __device__ __forceinline__ uint64_t* abort_word(const View& view, int r) {
     return reinterpret_cast<uint64_t*>(view.peer[r] + HeapLayout::kAbortOffset);
 }
 
+// Adds to a statistic without waiting for what it was.
+__device__ __forceinline__ void add_statistic(uint64_t& total, uint64_t more) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(&total), static_cast<unsigned long long>(more));
+}
+
 // A receive moves its chain's counter on, which is safe once every CTA of the kernel has read it:
 // each says so, and one warp waits for all. It need not wait long: the CTAs are resident together,
 // and this comes after the wait for peers. (An operation that gave up leaves its readers counted

@@ -35,13 +35,29 @@ struct Fp8Scale {
     float scale;
     float inverse;  // what values are multiplied with
 };
-EP_HD Fp8Scale fp8_scale(float amax, bool round_scale) {
-    const float exact = amax / kFp8Max;
-    if (!round_scale) return {exact, kFp8Max / amax};
+EP_HD Fp8Scale rounded_scale(float exact) {
     const uint32_t u = float_to_bits(exact);
     const uint32_t exponent = (u >> 23) + ((u & 0x7fffffu) != 0 ? 1u : 0u);  // of a normal number
     const uint32_t inverse = exponent < 254u ? 254u - exponent : 0u;  // infinite rows: NaN values
     return {bits_to_float(exponent << 23), bits_to_float(inverse << 23)};
+}
+EP_HD Fp8Scale fp8_scale(float amax, bool round_scale) {
+    const float exact = amax / kFp8Max;
+    return round_scale ? rounded_scale(exact) : Fp8Scale{exact, kFp8Max / amax};
+}
+
+// The two quotients without a division, correctly rounded where amax is the magnitude of a BF16 up
+// to this one, or kMinAmax: an estimate, corrected by what it leaves. `reciprocal`: 1 / amax, to
+// two units in the last place.
+inline constexpr float kMostSimpleAmax = 1e37f;
+EP_HD float quotient_by_fp8_max(float amax) {
+    constexpr float kReciprocal = 1.0f / kFp8Max;
+    const float about = amax * kReciprocal;
+    return fmaf(fmaf(-about, kFp8Max, amax), kReciprocal, about);
+}
+EP_HD float fp8_max_quotient(float amax, float reciprocal) {
+    const float about = kFp8Max * reciprocal;
+    return fmaf(fmaf(-about, amax, kFp8Max), reciprocal, about);
 }
 EP_HD uint32_t ue8m0(uint32_t scale_bits) { return (scale_bits >> 23) & 0xffu; }
 

@@ -74,6 +74,48 @@ def test_widest_row_and_most_experts(
     pair(open_group(config), config, rng)
 
 
+@pytest.mark.parametrize("messages", [480, 2112], ids=["many", "very many"])
+@pytest.mark.parametrize(
+    ("wire", "recv_format", "topk", "more"),
+    [
+        ("fp8", "batched", 8, {}),
+        ("fp8", "compact", 3, {}),
+        ("fp8", "contiguous", 8, {"scale_format": "ue8m0"}),
+        ("bf16", "contiguous", 9, {}),
+        ("opaque", "batched", 4, {"opaque_row_bytes": 528, "opaque_scale_words": 700}),
+    ],
+)
+def test_many_messages_to_an_sm(
+    open_group: OpenGroup,
+    place: Place,
+    rng: torch.Generator,
+    wire: str,
+    recv_format: str,
+    topk: int,
+    more: dict[str, object],
+    messages: int,
+) -> None:
+    """GPUs have kernels for them: rounds of tokens, a message to a warp, CTAs that only send."""
+    config = random_config(
+        rng,
+        place.num_ranks,
+        384,
+        topk,
+        max_tokens=messages // place.num_ranks,
+        dispatch_format=wire,
+        recv_format=recv_format,
+        **more,
+    )
+    group = open_group(config)
+    for fused in (False, group.can_fuse):
+        inputs = random_inputs(rng, config, place.num_ranks, padded=True)
+        expected = reference.dispatch(config, inputs)
+        got = group.dispatch_fused(inputs) if fused else group.dispatch(inputs)
+        check_received(got, expected)
+        outputs = random_outputs(rng, expected, config.hidden)
+        check_combined(group.combine(outputs), config, inputs, outputs)
+
+
 def test_aligned_experts_start_at_multiples(
     open_group: OpenGroup, place: Place, rng: torch.Generator
 ) -> None:

@@ -25,6 +25,7 @@ from ep_runtime import (
     reference,
     virtual_ranks,
 )
+from ep_runtime.reference import RankInput
 
 pytestmark = pytest.mark.gpu
 
@@ -138,6 +139,19 @@ def test_single_rank_may_fuse() -> None:
         check_received(group.dispatch_fused(inputs), expected)
         outputs = random_outputs(rng, expected)
         check_combined(group.combine_fused(outputs), CONFIG, inputs, outputs)
+    group.close()
+
+
+@pytest.mark.parametrize("max_tokens", [255, 512], ids=["usual kernels", "kernels for many"])
+def test_scales_are_quotients_for_every_bf16(max_tokens: int) -> None:
+    """Groups of 128 channels, as many as BF16 has magnitudes; the kernels divide by multiplying."""
+    largest = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16).view(255, 128, 1)
+    x = (largest * torch.rand(255, 128, 128, generator=new_rng())).bfloat16()
+    x[:, :, 77:78] = -largest
+    config = EpConfig(num_experts=1, topk=1, hidden=128 * 128, max_tokens=max_tokens)
+    inputs = [RankInput(x.view(255, -1), torch.zeros(255, 1).long(), torch.ones(255, 1))]
+    group = VirtualGroup(config, 1, "cuda", (0,))
+    check_received(group.dispatch(inputs), reference.dispatch(config, inputs))
     group.close()
 
 

@@ -21,6 +21,13 @@ void floats_to_bf16(const float* in, int n, uint16_t* out) {
 void bf16_to_floats(const uint16_t* in, int n, float* out) {
     for (int i = 0; i < n; ++i) out[i] = ep::bf16_to_float(in[i]);
 }
+void group_quotients(const float* amax, const float* reciprocal, int n, float* scale,
+                     float* inverse) {
+    for (int i = 0; i < n; ++i) {
+        scale[i] = ep::quotient_by_fp8_max(amax[i]);
+        inverse[i] = ep::fp8_max_quotient(amax[i], reciprocal[i]);
+    }
+}
 void quantise(int portable, const uint16_t* row, int n, uint8_t* values, float* scales) {
     math(portable).quantise(row, n, values, scales, /*round_scale=*/false);
 }

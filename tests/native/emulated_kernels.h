@@ -6,8 +6,8 @@
 //
 #include "cuda/combine_fp8.cuh"
 #include "cuda/combine_halves.cuh"
-#include "cuda/dispatch_recv.cuh"
-#include "cuda/dispatch_send.cuh"
+#include "cuda/dispatch_rounds.cuh"
+#include "cuda/dispatch_teams.cuh"
 
 namespace ep {
 
@@ -15,6 +15,8 @@ namespace ep {
 struct Emulated {
     View view;
     int grid;  // at least three
+    bool many = false;  // the dispatch kernels for many tokens
+    int senders = 0;  // CTAs that only send, where such a kernel does both; 0: all do both
 
     template <class Args>
     Turn begin_as(Op op) const {
@@ -24,53 +26,63 @@ struct Emulated {
     }
     int send_ctas() const { return std::max(1, (grid - 1) / 3); }  // of a combine
 
-    template <bool kQuantise, int kRowVectors>
-    void send(const SendInput& in, const Turn& turn, SendScratch scratch) const {
-        const int stretch = std::max(1, (in.num_tokens + grid - 2) / (grid - 1));
-        dispatch_send<kQuantise, kRowVectors>(view, in, stretch, turn, scratch);
+    static int stretch_of(const SendInput& in, int ctas) {
+        return std::max(1, (in.num_tokens + ctas - 1) / ctas);
     }
     template <bool kQuantise>
     void send_as(const SendInput& in, const Turn& turn, SendScratch scratch) const {
-        const int vectors = static_cast<int>(ceil_div(view.input_vectors, kStagingThreads));
-        if (vectors <= 1) return send<kQuantise, 1>(in, turn, scratch);
-        if (vectors <= 2) return send<kQuantise, 2>(in, turn, scratch);
-        return send<kQuantise, 5>(in, turn, scratch);
+        const int stretch = stretch_of(in, grid - 1);
+        if (view.input_vectors <= 2 * kStagingThreads) {
+            return dispatch_send<kQuantise, 1>(view, in, stretch, turn, scratch);
+        }
+        dispatch_send<kQuantise, 3>(view, in, stretch, turn, scratch);
     }
     void send(const SendInput& in, const Turn& turn, SendScratch scratch) const {
         if (in.wire == Wire::kFp8) return send_as<true>(in, turn, scratch);
         send_as<false>(in, turn, scratch);
     }
+    void send(const SendInput& in, const Turn& turn, const RoundScratch& scratch, int ctas) const {
+        const int stretch = stretch_of(in, ctas);
+        if (in.wire == Wire::kFp8) {
+            return dispatch_send_rounds<true>(view, in, stretch, turn, scratch);
+        }
+        dispatch_send_rounds<false>(view, in, stretch, turn, scratch);
+    }
+    int recv_room() const { return many ? WarpScratch::kRoom : RecvScratch::message_room(view); }
+    int send_bytes() const { return many ? RoundScratch::bytes(view) : SendScratch::bytes(view); }
+    // One thread of a dispatch: null pointers for the half that another kernel does.
+    void dispatch(uint8_t* smem, const SendInput* in, const RecvTarget* target) const {
+        const RoundScratch round = RoundScratch::carve(smem, view);
+        const SendScratch sent = SendScratch::carve(smem, view);
+        const RecvScratch received =
+            RecvScratch::carve(smem + (in != nullptr ? send_bytes() : 0), view, recv_room());
+        if (in != nullptr && many) prepare_rounds(view, round);
+        if (in != nullptr && !many) prepare_send(view, sent);
+        if (target != nullptr) prepare_recv(view, received);
+        __syncthreads();
+        const Turn turn = begin_as<DispatchFusedArgs>(Op::kDispatch);
+        const bool part = in != nullptr && target != nullptr && senders > 0;
+        if (in != nullptr && many) send(*in, turn, round, part ? senders : grid - 1);
+        if (in != nullptr && !many) send(*in, turn, sent);
+        if (target == nullptr) return;
+        if (many) return dispatch_recv_teams(view, *target, turn, received, part ? 1 + senders : 1);
+        dispatch_recv(view, *target, turn, received);
+    }
     emulator::Launch launch(std::function<void(uint8_t*)> body) const {
-        const int64_t shared = SendScratch::bytes(view) + RecvScratch::bytes(view);
+        const int64_t shared = send_bytes() + RecvScratch::bytes(view, recv_room());
         return {grid, kThreads, shared, std::move(body)};
     }
     emulator::Launch launch_combine(std::function<void(uint8_t*)> body) const {
         return {grid, kCombineThreads, 0, std::move(body)};
     }
     emulator::Launch dispatch_send_kernel(SendInput in) const {
-        return launch([=, this](uint8_t* smem) {
-            const SendScratch scratch = SendScratch::carve(smem, view);
-            prepare_send(view, scratch);
-            send(in, begin_as<DispatchSendArgs>(Op::kDispatch), scratch);
-        });
+        return launch([=, this](uint8_t* smem) { dispatch(smem, &in, nullptr); });
     }
     emulator::Launch dispatch_recv_kernel(RecvTarget target) const {
-        return launch([=, this](uint8_t* smem) {
-            const RecvScratch scratch = RecvScratch::carve(smem, view);
-            prepare_recv(view, scratch);
-            dispatch_recv(view, target, begin_as<DispatchRecvArgs>(Op::kDispatch), scratch);
-        });
+        return launch([=, this](uint8_t* smem) { dispatch(smem, nullptr, &target); });
     }
     emulator::Launch dispatch_fused_kernel(SendInput in, RecvTarget target) const {
-        return launch([=, this](uint8_t* smem) {
-            const SendScratch sent = SendScratch::carve(smem, view);
-            const RecvScratch received = RecvScratch::carve(smem + SendScratch::bytes(view), view);
-            prepare_send(view, sent);
-            prepare_recv(view, received);
-            const Turn turn = begin_as<DispatchFusedArgs>(Op::kDispatch);
-            send(in, turn, sent);
-            dispatch_recv(view, target, turn, received);
-        });
+        return launch([=, this](uint8_t* smem) { dispatch(smem, &in, &target); });
     }
     // Calls `step` with how the sums of a combine travel.
     template <class Step>

@@ -13,7 +13,7 @@ namespace {
 
 using namespace ep;
 
-constexpr int kMaxTokensHere = 5;
+constexpr int kMaxTokensHere = 9;
 constexpr int kAlignment = 4;
 
 // One backend's memory of all ranks.

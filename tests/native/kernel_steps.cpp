@@ -59,13 +59,17 @@ struct Test {
     template <class Make>
     void on_all(int chain, Wire wire, Make make) {
         std::vector<Emulated> ranks;
-        for (const Context& ctx : contexts) ranks.push_back({View::make(ctx, chain, wire), grid});
+        for (const Context& ctx : contexts) {
+            ranks.push_back({View::make(ctx, chain, wire), grid, chance(2), senders()});
+        }
         std::vector<emulator::Launch> launches;
         for (size_t r = 0; r < ranks.size(); ++r) launches.push_back(make(ranks[r], r));
         emulator::run(launches, random);
     }
 
     bool chance(unsigned of) { return random() % of == 0; }
+    // At least one CTA is left to receive.
+    int senders() { return static_cast<int>(random() % static_cast<unsigned>(grid - 1)); }
 
     // On every rank, the masked ones included: those go on calling, to no effect.
     void change_mask() {
@@ -223,7 +227,8 @@ void check_absent_rank(const Shape& shape, Format format, int grid) {
     std::vector<Output> outputs(absent + 1, Output(shape));
     std::vector<Emulated> ranks;
     for (const Context& ctx : test.contexts) {
-        ranks.push_back({View::make(ctx, 0, shape.wire), test.grid});
+        ranks.push_back(
+            {View::make(ctx, 0, shape.wire), test.grid, test.chance(2), test.senders()});
     }
     const auto sent = [&](size_t r) {
         return input.view(shape, shape.wire, false, false, outputs[r].route(shape));

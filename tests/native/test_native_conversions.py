@@ -128,6 +128,22 @@ def rows_to_quantise() -> Tensor:
     return torch.cat([rows, all_bf16().view(-1, 128), special])
 
 
+@pytest.mark.parametrize("off_by", [-2, -1, 0, 1, 2])
+def test_quotients_of_a_group_are_divisions_for_every_bf16(lib: ctypes.CDLL, off_by: int) -> None:
+    """What CUDA kernels do instead of dividing, with reciprocals that are some units wrong."""
+    amax = torch.cat([all_bf16().float(), torch.tensor([1e-4])])
+    amax = amax[(amax >= 1e-4) & (amax <= 1e37)].contiguous()
+    assert amax.numel() == 17440  # all but the least and the largest
+    reciprocal = (torch.ones_like(amax) / amax).view(torch.int32).add(off_by).view(torch.float32)
+    scale, inverse = torch.full_like(amax, 7.0), torch.full_like(amax, 7.0)
+    lib.group_quotients(
+        address(amax), address(reciprocal), amax.numel(), address(scale), address(inverse)
+    )
+    most = torch.full_like(amax, 448.0)
+    assert torch.equal(scale, amax / most)
+    assert torch.equal(inverse, most / amax)
+
+
 @pytest.mark.parametrize("portable", [0, 1], ids=["fastest", "portable"])
 def test_quantised_rows_are_torchs(lib: ctypes.CDLL, portable: int) -> None:
     rows = rows_to_quantise()

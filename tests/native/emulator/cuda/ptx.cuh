@@ -25,6 +25,7 @@ inline void store_relaxed_sys(uint64_t* p, uint64_t v) { *p = v; }
 inline uint32_t pack_bf16x2(float lo, float hi) {
     return float_to_bf16(lo) | static_cast<uint32_t>(float_to_bf16(hi)) << 16;
 }
+inline float reciprocal(float x) { return 1.0f / x; }
 struct Two {
     float lo;
     float hi;
@@ -118,6 +119,9 @@ template <int kThreads>
 void await_arrivals() {
     ++emulator::current->cta->arrivals;
     while (emulator::current->cta->arrivals < kThreads) emulator::pause();
+}
+inline void count_if(bool counts, int32_t* counter) {
+    if (counts) ++*counter;
 }
 inline void allow_next_kernel() {}
 inline void await_previous_kernel() {}

@@ -1,0 +1,105 @@
+// Where a message's rows go here, and the note of it that combine follows.
+#pragma once
+
+#include "cuda/counts.cuh"
+#include "ep/fp8.h"
+
+namespace ep {
+
+// Lane k: the row of entry k, or -1 if it is not ours. Every warp works it out for itself, which is
+// quicker than telling the others.
+__device__ __forceinline__ int place_entry(const View& view, const RecvTarget& target, int source,
+                                           const Entry& entry, RecvScratch scratch) {
+    const int local_experts = view.local_experts;
+    const int x = entry.expert - view.rank * local_experts;
+    if (x < 0 || x >= local_experts) return -1;
+    const int32_t announced = scratch.rows[source * view.local_experts + x];
+    if (static_cast<uint32_t>(entry.position) >= static_cast<uint32_t>(announced)) {
+        // A damaged heap: the row would lie beyond the source's own.
+        fail(view, FaultCode::kCount, Op::kDispatch, source, announced, entry.position);
+        return -1;
+    }
+    int row = entry.position;
+#pragma unroll 1
+    for (int s = 0; s < source; ++s) row += scratch.rows[s * local_experts + x];
+    row += target.format == Format::kBatched ? x * view.max_messages : scratch.first_row[x];
+    return row;
+}
+
+// Where the scales of a lane's row begin. `x`: its local expert.
+__device__ __forceinline__ int first_scale(const View& view, const RecvTarget& target, int row,
+                                           int x) {
+    const bool batched = target.format == Format::kBatched;
+    const int within = batched ? row - x * view.max_messages : row;
+    return (batched ? x * target.scales.expert_stride : 0) + within * target.scales.row_stride;
+}
+
+// Word i of a row's scales as the caller wants them.
+__device__ __forceinline__ uint32_t scale_word(const uint32_t* scales, int i, int num_scales,
+                                               bool as_ue8m0) {
+    if (!as_ue8m0) return scales[i];
+    uint32_t word = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        if (4 * i + j < num_scales) word |= ue8m0(scales[4 * i + j]) << (8 * j);
+    }
+    return word;
+}
+
+// What a warp knows of a message, entry k at lane k.
+struct Placed {
+    Entry entry;
+    int row;  // -1: not ours
+    unsigned has_row;  // of lanes
+    int first_scale;
+};
+
+// Whole warps. `message`: in shared memory, at least its header and entries.
+__device__ __forceinline__ Placed place_message(const View& view, const RecvTarget& target,
+                                                int source, int slot, const uint8_t* message,
+                                                RecvScratch scratch) {
+    const auto* entries = reinterpret_cast<const Entry*>(message + view.entries_offset);
+    const int lane = threadIdx.x & 31;
+    const bool compact = target.format == Format::kCompact;
+    const Entry entry = lane < view.topk ? entries[lane] : Entry{-1, 0, 0.0f};
+    int row = -1;
+    if (compact) {
+        if (lane == 0) row = messages_before(source, scratch) + slot;
+    } else {
+        row = place_entry(view, target, source, entry, scratch);
+    }
+    const int x = compact ? 0 : entry.expert - view.rank * view.local_experts;
+    return {entry, row, __ballot_sync(kFullWarp, row >= 0), first_scale(view, target, row, x)};
+}
+
+// One warp: what combine needs to find the rows of a message again.
+__device__ inline void note_rows(const View& view, const RecvTarget& target, int source, int slot,
+                                 const uint8_t* message, const Placed& placed) {
+    const Entry entry = placed.entry;
+    const int row = placed.row;
+    const int token = reinterpret_cast<const MessageHeader*>(message + view.header_offset)->token;
+    const int topk = view.topk;
+    const int lane = threadIdx.x & 31;
+    if (target.format == Format::kCompact && lane < topk) {
+        const int local_experts = view.local_experts;
+        const int x = entry.expert - view.rank * local_experts;
+        const bool mine = x >= 0 && x < local_experts;
+        const int64_t at =
+            static_cast<int64_t>(__shfl_sync((1ull << topk) - 1, row, 0)) * topk + lane;
+        target.topk_idx[at] = mine ? x : -1;
+        target.topk_weights[at] = mine ? entry.weight : 0.0f;
+    }
+    __syncwarp();
+    const int at_inbox = source * view.max_tokens + slot;
+    RowRef* refs = target.routing.refs + static_cast<int64_t>(at_inbox) * topk;
+    const int index = __popc(placed.has_row & ((1u << lane) - 1));
+    const float weight = target.format == Format::kCompact ? 1.0f : entry.weight;
+    if (row >= 0) {
+        refs[index] = {row, weight};
+        if (target.source_token != nullptr) target.source_token[row] = token;
+    }
+    if (lane == 0) target.routing.tokens[at_inbox] = token;
+    if (lane == 0 && __popc(placed.has_row) < topk) refs[__popc(placed.has_row)] = {-1, 0.0f};
+}
+
+}  // namespace ep
