@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 PER_GPU = 4  # workers: more of them only wait for each other while torch loads its kernels
-ACROSS_GPUS = 6  # the same, where every worker uses all GPUs
+ACROSS_GPUS = 12  # workers times GPUs, where every worker uses all of them
 WORKER_BYTES = 10 << 30  # of GPU memory: every kernel of torch is loaded, and torch keeps a cache
 NOTHING_TO_RUN = 5  # pytest's exit status
 REPORT_S = 20.0  # for pytest to say what it has, after Ctrl-C
@@ -56,9 +56,13 @@ def beside(workers: int, *more: str) -> list[str]:
     return ["-n", str(workers), "--dist=load", "--maxschedchunk=1", *more]
 
 
-def across_gpus(workers: int) -> int:
-    """Of so many workers, those that may use all GPUs together."""
-    return min(workers, ACROSS_GPUS)
+def across_gpus(workers: int, gpus: int) -> int:
+    """Of so many workers, those that may use all GPUs together.
+
+    Processes take turns on a GPU, and an operation goes on only while all of its ranks have theirs:
+    the more GPUs, the less often.
+    """
+    return min(workers, ACROSS_GPUS // gpus)
 
 
 def passes(workers: int, gpus: int) -> list[Pass]:
@@ -66,7 +70,7 @@ def passes(workers: int, gpus: int) -> list[Pass]:
     one = (ONE_GPU, beside(workers, "--gpu-per-worker"))
     if gpus < 2:
         return [one, ("alone", [])]
-    return [one, (ALL_GPUS, beside(across_gpus(workers))), ("alone", [])]
+    return [one, (ALL_GPUS, beside(across_gpus(workers, gpus))), ("alone", [])]
 
 
 def status(codes: Sequence[int]) -> int:

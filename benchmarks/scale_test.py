@@ -81,7 +81,7 @@ def plan(request: Request) -> list[Part]:
     """All parts, the most important first. Their shares add up to less than TOTAL_S."""
     one = request.gpus == 1
     marked, alone = (ONE_GPU, "alone") if one else (ALL_GPUS, "alone and multi")
-    workers = beside(request.workers if one else across_gpus(request.workers))
+    workers = beside(request.workers if one else across_gpus(request.workers, request.gpus))
     large, more = f"{request.label}-large", f"{request.label}-more"
     others = [folder for folder in folders_with_tests() if folder not in FIRST_TESTS]
     suite = [*FIRST_TESTS, *others, "--timeout=60", f"--ignore={REPLAY_TEST}"]

@@ -44,6 +44,7 @@ def test_virtual_ranks_on_one_gpu(num_ranks: int, dispatch_format: DispatchForma
 
 
 @pytest.mark.multi
+@pytest.mark.alone
 @pytest.mark.slow
 def test_virtual_ranks_on_every_gpu() -> None:
     """A rank on each of many GPUs, two on each of two."""
@@ -62,6 +63,7 @@ def walk(world: World, dispatch_format: DispatchFormat) -> list[int]:
 
 
 @pytest.mark.multi
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("dispatch_format", ["bf16", "fp8"])
 def test_processes_that_choose_graphs_and_buckets_on_their_own(
