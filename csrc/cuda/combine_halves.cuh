@@ -40,6 +40,24 @@ __device__ __forceinline__ void announce_combine(const View& view, Wire wire, co
     }
 }
 
+// A warp: waits for the lines of ranks, one a lane, whose tags are `epoch`; nullptr: for none.
+// Returns in each lane when its own came, after `start`. False: gave up.
+__device__ __forceinline__ bool await_ready(Watch& watch, const uint8_t* from, int peer,
+                                            uint64_t epoch, uint64_t start, ptx::Vector& line,
+                                            uint64_t& waited) {
+    Missing missing{from != nullptr, peer, epoch, 0, from};
+    while (true) {
+        if (missing.waiting) {
+            line = ptx::load_line_vector(from);
+            missing.seen = line.hi;
+            missing.waiting = line.hi != epoch;
+            waited = ptx::global_timer_ns() - start;
+        }
+        if (!__any_sync(kFullWarp, missing.waiting)) return true;
+        if (watch.give_up(missing)) return false;
+    }
+}
+
 // CTA 0's last warp: all ranks are in this combine, under the same terms, and all CTAs of this one
 // know its epoch.
 __device__ __noinline__ inline void settle_combine(const View& view, Wire wire, int64_t* wait_ns,
@@ -54,16 +72,14 @@ __device__ __noinline__ inline void settle_combine(const View& view, Wire wire, 
     for (int base = 0; base < view.num_ranks; base += 32) {
         const int r = base + static_cast<int>(threadIdx.x & 31);
         const bool asked = r < view.num_ranks && !turn.absent.has(view, r);
-        const uint8_t* from[1] = {asked ? lines + r * kLineBytes : nullptr};
-        const int peers[1] = {r};
-        ptx::Vector v[1] = {};
-        if (!await_vectors<1>(watch, from, peers, true, epoch, v)) return;
-        const bool differs = asked && v[0].lo != terms;
-        if (differs) fail(view, FaultCode::kTerms, Op::kCombine, r, terms, v[0].lo);
+        const uint8_t* from = asked ? lines + r * kLineBytes : nullptr;
+        ptx::Vector line{};
+        uint64_t waited = 0;
+        if (!await_ready(watch, from, r, epoch, start, line, waited)) return;
+        const bool differs = asked && line.lo != terms;
+        if (differs) fail(view, FaultCode::kTerms, Op::kCombine, r, terms, line.lo);
         if (__any_sync(kFullWarp, differs)) return;
-        if (wait_ns != nullptr && from[0] != nullptr) {
-            wait_ns[r] += ptx::global_timer_ns() - start;
-        }
+        if (wait_ns != nullptr && asked) wait_ns[r] += waited;
     }
     advance(view.state->combined, view.state->combine_readers, epoch, have_read);
 }

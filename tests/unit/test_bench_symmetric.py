@@ -81,6 +81,21 @@ def test_rows_and_ranks_divide_into_the_blocks_of_its_kernel() -> None:
     assert "needs GPUs" in symmetric._missing(torch.device("cpu"), 2)
 
 
+@pytest.mark.parametrize("row_bytes", [128, 7552, 14336, 14592, 65536, 131072])
+@pytest.mark.parametrize("num_ranks", [2, 4, 8, 64])
+def test_blocks_of_the_operation_divide_every_peers_bytes(num_ranks: int, row_bytes: int) -> None:
+    """By the operation's own rule for its blocks; else it stops the GPU with an assertion."""
+    before = 0
+    for least in (1, 2, 7, 100, 101, 999, 2048):
+        shown = symmetric.rows_to_show(least, row_bytes, num_ranks)
+        assert shown >= max(least, before)  # room for the most tokens is room for fewer
+        before = shown
+        blocks = -(-shown * row_bytes // (16 * 512 * 8))
+        blocks = min(-(-blocks // num_ranks) * num_ranks, 64)
+        for_a_peer = max(blocks // num_ranks, 1)
+        assert all(rows * row_bytes % for_a_peer == 0 for rows in range(1, 20))
+
+
 def test_it_leaves_an_nvshmem_of_ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symmetric, "nvshmem_running", lambda: True)
     assert "EP_MEMORY=ipc" in symmetric._missing(torch.device("cuda"), 2)

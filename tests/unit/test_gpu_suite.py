@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import gpu_suite
-from benchmarks.gpu_suite import num_workers, passes, status
+from benchmarks.gpu_suite import across_gpus, num_workers, passes, status
 
 GIB = 1 << 30
 
@@ -25,7 +25,9 @@ def test_workers_have_a_core_and_memory_each(gpus: int, cores: int, gib: int, wo
     assert num_workers(gpus, cores, gib * GIB) == workers
 
 
-@pytest.mark.parametrize(("workers", "gpus"), [(0, 0), (0, 1), (6, 1), (0, 2), (12, 2), (15, 8)])
+@pytest.mark.parametrize(
+    ("workers", "gpus"), [(0, 0), (0, 1), (6, 1), (0, 2), (12, 2), (12, 4), (15, 8)]
+)
 def test_every_gpu_test_is_in_one_pass_and_disturbed_ones_alone(workers: int, gpus: int) -> None:
     planned = passes(workers, gpus)
 
@@ -43,7 +45,8 @@ def test_every_gpu_test_is_in_one_pass_and_disturbed_ones_alone(workers: int, gp
     assert chosen("gpu", "alone") == [(last, False, False)]
     assert chosen() == []
     if gpus > 1:
-        assert chosen("multi") == chosen("multi", "gpu") == [(1, workers > 1, False)]
+        side_by_side = across_gpus(workers, gpus) > 1
+        assert chosen("multi") == chosen("multi", "gpu") == [(1, side_by_side, False)]
         assert chosen("multi", "alone") == [(last, False, False)]
 
 

@@ -75,7 +75,7 @@ def test_workers_of_all_gpus_share_only_tests_that_may_run_side_by_side() -> Non
     parts = {part.name: part for part in plan(Request(gpus=4, with_normal=True, workers=24))}
     assert [name for name, part in parts.items() if "-n" in part.command] == ["suite"]
     command = parts["suite"].command
-    assert command[command.index("-n") + 1] == "6"
+    assert command[command.index("-n") + 1] == "3"
 
 
 def test_every_folder_with_tests_is_in_the_suite() -> None:

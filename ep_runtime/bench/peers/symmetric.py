@@ -29,12 +29,26 @@ from ep_runtime.memory.nvshmem import nvshmem_running
 
 NAME = "torch-symm-a2a"
 SCHEMA = ("input", "out", "in_splits", "out_splits_offsets", "group_name")
-# Its blocks share out a peer's bytes evenly or stop the GPU with an assertion: at most 64 blocks
-# over the ranks. So rows are multiples of 128 bytes, and ranks a power of two.
+# Its blocks share out a peer's bytes evenly or stop the GPU with an assertion. It launches one for
+# every 64 KiB of its input tensor, filled or not, in multiples of the ranks and at most 64. So the
+# blocks of a peer are made a power of two here by the rows it is shown; rows are multiples of 128
+# bytes, and ranks a power of two.
 ROW_ALIGNMENT = 128
+BLOCK_BYTES = 64 << 10
+MOST_BLOCKS = 64
 
 Operation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str], object]
 Allocate = Callable[[Sequence[int], torch.dtype], torch.Tensor]
+
+
+def rows_to_show(least: int, row_bytes: int, num_ranks: int) -> int:
+    """Rows of the input tensor, at least `least`, for which a peer has a power of two of blocks."""
+    blocks = num_ranks
+    while blocks < MOST_BLOCKS and least * row_bytes > blocks * BLOCK_BYTES:
+        blocks *= 2
+    if blocks >= MOST_BLOCKS:
+        return max(least, -(-MOST_BLOCKS * BLOCK_BYTES // row_bytes))
+    return max(least, blocks * BLOCK_BYTES // row_bytes)
 
 
 class SymmetricAllToAll:
@@ -69,9 +83,13 @@ class SymmetricAllToAll:
         self._splits[0, 0] = counts[rank].to(problem.device)
         self._splits[1, 0] = counts[:, rank].to(problem.device)
         # A tensor without rows has no address, and peers' rows are found by this rank's own.
-        most = sizes.num_ranks * sizes.num_tokens
-        self._there = (memory.send[index][:most], memory.received[:most])
-        self._back = (memory.reduced[:most], memory.returned[:most])
+        self._num_ranks, self._most = sizes.num_ranks, sizes.num_ranks * sizes.num_tokens
+        self._there = self._shown(memory.send[index], memory.received)
+        self._back = self._shown(memory.reduced, memory.returned)
+
+    def _shown(self, rows: torch.Tensor, to: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        count = rows_to_show(self._most, rows.stride(0) * rows.element_size(), self._num_ranks)
+        return rows[:count], to[:count]
 
     def forward(self) -> None:
         self._run(*self._there, self._splits[0])
@@ -131,15 +149,17 @@ class SymmetricPeers:
     def _allocate_buffers(self, wire: Wire) -> tuple[Memory, torch.Tensor]:
         """In an order that is the same on every rank."""
         options, ranks = self._options, self._num_ranks
-        rows = ranks * options.buffer_tokens
+        most = ranks * options.buffer_tokens
 
         def packed() -> torch.Tensor:
+            rows = rows_to_show(most, wire.row_bytes, ranks)
             buffer = self._allocate((rows, wire.row_bytes), torch.uint8)
             buffer.zero_()
             wire.views(buffer).topk_idx.fill_(-1)
             return buffer
 
         def bf16() -> torch.Tensor:
+            rows = rows_to_show(most, wire.hidden * BF16_BYTES, ranks)
             buffer = self._allocate((rows, wire.hidden), torch.bfloat16)
             return buffer.zero_()
 
