@@ -6,6 +6,7 @@
 
 #include "cuda/device_guard.h"
 #include "cuda/error.h"
+#include "cuda/grids.h"
 #include "cuda/kernels.h"
 #include "cuda/masks.h"
 
@@ -49,47 +50,6 @@ void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
     config.numAttrs = how.pdl ? 1 : 0;
     EP_CUDA(cudaLaunchKernelEx(&config, kernel, args));
 }
-
-// At least one CTA, at most those that fit at once.
-int grid_for(int64_t items, int resident) {
-    return static_cast<int>(std::clamp<int64_t>(items, 1, resident));
-}
-
-// Dispatch: from so many tokens, or messages, to a CTA the kernels for many are quicker; from so
-// many messages, half of the CTAs had better only send (docs/performance.md has the table).
-constexpr double kManyTokens = 2.0;
-constexpr double kManyMessages = 3.5;
-constexpr double kMessagesToPart = 15.0;
-// These kernels run where there is room for CTA 0, one that sends and one that receives.
-bool are_many(int64_t items, double to_a_cta, int ctas) {
-    return ctas > 2 && static_cast<double>(items) >= to_a_cta * ctas;
-}
-
-// Combine: CTAs that share the work of so many warps. Little work is spread over many SMs: one SM
-// alone would be a narrow door.
-constexpr int64_t kSpread = 64;
-int64_t ctas_for(int64_t warps) {
-    return std::max<int64_t>({1, ceil_div(warps, kCombineThreads / 32), std::min(warps, kSpread)});
-}
-
-int at_most(int64_t ctas, int64_t limit) {
-    return static_cast<int>(std::max<int64_t>(1, std::min(ctas, limit)));
-}
-
-// CTAs that send and that receive. Where not all fit, each side gets its part: to receive a token's
-// unit takes as long as to send 0.6 units for each rank (measured with two and four ranks).
-struct Split {
-    int send;
-    int recv;
-
-    static Split of(int64_t send, int64_t recv, int64_t room, int num_ranks) {
-        if (send + recv <= room) return {static_cast<int>(send), static_cast<int>(recv)};
-        const int64_t to_send = 5 * send;
-        const int64_t to_receive = 3 * recv * num_ranks;
-        const int part = at_most(room * to_send / (to_send + to_receive), room - 1);
-        return {part, static_cast<int>(room - part)};
-    }
-};
 
 void check_addresses(const Shape& shape, int rank, const std::vector<std::uintptr_t>& heaps,
                      std::uintptr_t local, std::uintptr_t faults) {
@@ -183,11 +143,6 @@ int CudaRank::expected_tokens(int expected) const {
     return expected > 0 ? std::min(expected, ctx_.shape.max_tokens) : ctx_.shape.max_tokens;
 }
 
-// Tokens of each CTA that sends.
-static int stretch_of(int num_tokens, int ctas) {
-    return static_cast<int>(std::max<int64_t>(1, ceil_div(num_tokens, ctas)));
-}
-
 const View& CudaRank::view(int chain, Wire wire) const {
     if (chain < 0 || chain >= ctx_.shape.num_chains) throw std::invalid_argument("no such chain");
     const auto w = static_cast<size_t>(wire);
@@ -215,7 +170,7 @@ void CudaRank::dispatch_send(int chain, const SendInput& in, StreamHandle stream
     const Room& sms = room(kSendMany, in.wire);
     const bool many = are_many(in.num_tokens, kManyTokens, sms.resident);
     const Room& r = many ? sms : room(kDispatchSend, in.wire);
-    const int grid = 1 + grid_for(in.num_tokens, r.resident - 1);
+    const int grid = 1 + at_most(in.num_tokens, r.resident - 1);
     launch(many ? kernels.send_many : kernels.send,
            {grid, kThreads, r.scratch, stream, options_.pdl},
            DispatchSendArgs{.in = in, .stretch = stretch_of(in.num_tokens, grid - 1), .view = v});
@@ -231,7 +186,7 @@ void CudaRank::dispatch_recv(int chain, const RecvTarget& target, int expected,
     const bool many = are_many(messages, kManyMessages, sms.resident);
     const Room& r = many ? sms : room(kDispatchRecv, target.wire);
     // CTA 0 keeps the books.
-    const int grid = 1 + grid_for(messages, r.resident - 1);
+    const int grid = 1 + at_most(messages, r.resident - 1);
     launch(many ? kernels.recv_many : kernels.recv,
            {grid, kThreads, r.scratch, stream, options_.pdl},
            DispatchRecvArgs{.target = target, .view = v});
@@ -248,7 +203,7 @@ void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& 
     const bool many = are_many(messages, kManyMessages, sms.resident);
     const Room& r = many ? sms : room(kDispatchFused, in.wire);
     const int64_t wanted = 1 + std::max<int64_t>({1, messages, in.num_tokens});
-    const int grid = grid_for(wanted, r.resident);
+    const int grid = at_most(wanted, r.resident);
     require_room({grid, 0}, 2, "dispatch_fused");
     const bool apart = are_many(messages, kMessagesToPart, sms.resident);
     const int senders = apart ? (grid - 1) / 2 : grid - 1;

@@ -1,0 +1,53 @@
+// How many CTAs an operation is given, and what each of them does.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/view.h"
+
+namespace ep {
+
+// At least one CTA, at most those that fit at once.
+inline int at_most(int64_t ctas, int64_t limit) {
+    return static_cast<int>(std::max<int64_t>(1, std::min(ctas, limit)));
+}
+
+// Dispatch: from so many tokens, or messages, to a CTA the kernels for many are quicker; from so
+// many messages, half of the CTAs had better only send (docs/performance.md has the table).
+inline constexpr double kManyTokens = 2.0;
+inline constexpr double kManyMessages = 3.5;
+inline constexpr double kMessagesToPart = 15.0;
+// These kernels run where there is room for CTA 0, one that sends and one that receives.
+inline bool are_many(int64_t items, double to_a_cta, int ctas) {
+    return ctas > 2 && static_cast<double>(items) >= to_a_cta * ctas;
+}
+
+// Tokens of each CTA that sends.
+inline int stretch_of(int num_tokens, int ctas) {
+    return static_cast<int>(std::max<int64_t>(1, ceil_div(num_tokens, ctas)));
+}
+
+// Combine: CTAs that share the work of so many warps. Little work is spread over many SMs: one SM
+// alone would be a narrow door.
+inline constexpr int64_t kSpread = 64;
+inline int64_t ctas_for(int64_t warps) {
+    return std::max<int64_t>({1, ceil_div(warps, kCombineThreads / 32), std::min(warps, kSpread)});
+}
+
+// CTAs that send and that receive. Where not all fit, each side gets its part: to receive a token's
+// unit takes as long as to send 0.6 units for each rank (measured with two and four ranks).
+struct Split {
+    int send;
+    int recv;
+
+    static Split of(int64_t send, int64_t recv, int64_t room, int num_ranks) {
+        if (send + recv <= room) return {static_cast<int>(send), static_cast<int>(recv)};
+        const int64_t to_send = 5 * send;
+        const int64_t to_receive = 3 * recv * num_ranks;
+        const int part = at_most(room * to_send / (to_send + to_receive), room - 1);
+        return {part, static_cast<int>(room - part)};
+    }
+};
+
+}  // namespace ep
