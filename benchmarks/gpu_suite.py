@@ -50,10 +50,11 @@ def find_workers() -> int:
 
 
 def beside(workers: int, *more: str) -> list[str]:
-    """Arguments of pytest for so many workers. One test at a time: some are slow, most are not."""
+    """Arguments of pytest for so many workers. Groups of tests stay together; the others are
+    given out one by one, since some are slow and most are not."""
     if workers < 2:
         return []
-    return ["-n", str(workers), "--dist=load", "--maxschedchunk=1", *more]
+    return ["-n", str(workers), "--dist=loadgroup", *more]
 
 
 def across_gpus(workers: int, gpus: int) -> int:

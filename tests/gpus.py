@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 SIZES = (8, 4, 2)  # their numbers of experts are multiples of these
@@ -24,3 +25,9 @@ def sharing_ranks() -> list[int]:
     """Numbers of ranks that put at least two on some GPU: 2, 4 and 8, or twice the GPUs."""
     count = max(1, torch.cuda.device_count())
     return [size for size in (2, 4, 8) if size > count] or [2 * num_gpus()]
+
+
+def marks_of_many(kind: str, name: str) -> list[pytest.MarkDecorator]:
+    """Of a place on several GPUs. Processes take long to start: one worker runs all their tests."""
+    marks = [pytest.mark.multi]
+    return [*marks, pytest.mark.xdist_group(name)] if kind == "processes" else marks

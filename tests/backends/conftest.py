@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from gpus import marks_of_many
 from groups import (
     GPU_PLACES,
     HOST_PLACES,
@@ -29,7 +30,8 @@ def _params() -> Iterator[object]:
     for place in GPU_PLACES:
         yield pytest.param(place, id=place.name, marks=pytest.mark.gpu)
     for place in multi_places():
-        yield pytest.param(place, id=place.name, marks=pytest.mark.multi)
+        marks = marks_of_many(place.kind, f"backends-{place.name}")
+        yield pytest.param(place, id=place.name, marks=marks)
 
 
 @pytest.fixture(params=_params(), scope="module")

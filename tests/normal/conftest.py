@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpus import marks_of_many
 from node_places import nodes as nodes
 from node_places import open_pair as open_pair
 from ranks import GPU_PLACES, HOST_PLACES, Group, Place, Processes, ProcessGroup, multi_places
@@ -22,7 +23,8 @@ def _params() -> Iterator[object]:
     for place in GPU_PLACES:
         yield pytest.param(place, id=place.name, marks=pytest.mark.gpu)
     for place in multi_places():
-        yield pytest.param(place, id=place.name, marks=pytest.mark.multi)
+        marks = marks_of_many(place.kind, f"normal-{place.name}")
+        yield pytest.param(place, id=place.name, marks=marks)
 
 
 @pytest.fixture(params=_params(), scope="module")

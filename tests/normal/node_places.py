@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpus import num_gpus
+from gpus import marks_of_many, num_gpus
 from node_groups import NodePlace, Pair
 from ranks import Group, Place, Processes, ProcessGroup, ThreadGroup
 
@@ -39,9 +39,11 @@ MULTI = [
 
 
 def _params() -> Iterator[object]:
-    for places, marks in ((HOST, ()), (GPU, (pytest.mark.gpu,)), (MULTI, (pytest.mark.multi,))):
+    for places, marks in ((HOST, ()), (GPU, (pytest.mark.gpu,))):
         for one in places:
             yield pytest.param(one, id=one.name, marks=marks)
+    for one in MULTI:
+        yield pytest.param(one, id=one.name, marks=marks_of_many(one.place.kind, one.name))
 
 
 @pytest.fixture(params=_params(), scope="module")
