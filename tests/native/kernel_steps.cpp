@@ -11,6 +11,8 @@
 #include "host/host_rank.h"
 #include "kernel_data.h"
 
+#include <algorithm>
+#include <chrono>
 #include <thread>
 
 namespace {
@@ -215,6 +217,66 @@ struct Test {
     }
 };
 
+// The last rank comes late to a dispatch and its combine, by several times as long as either takes:
+// the time is put down to it alone.
+void check_late_rank(const Shape& shape, Format format, int grid) {
+    using Clock = std::chrono::steady_clock;
+    constexpr auto kLeast = std::chrono::milliseconds(100);  // whatever else this machine does
+    Test test(shape, format, grid, 2);
+    const auto slow = static_cast<size_t>(shape.num_ranks - 1);
+    std::vector<Input> inputs;
+    std::vector<Output> outputs(slow + 1, Output(shape));
+    for (size_t r = 0; r <= slow; ++r) inputs.push_back(draw(shape, test.random));
+    const std::vector<uint16_t> y(Output::rows_of(shape) * shape.hidden);
+    std::vector<uint16_t> home(static_cast<size_t>(kMaxTokensHere) * shape.hidden);
+
+    const auto late_until = [](const emulator::Launch& launch, Clock::time_point start) {
+        emulator::Launch later = launch;
+        later.body = [=](uint8_t* smem) {
+            while (Clock::now() < start) emulator::pause();
+            launch.body(smem);
+        };
+        return later;
+    };
+    const auto check = [&](auto make) {
+        Clock::duration late{};
+        for (const bool is_late : {false, true}) {
+            for (Output& output : outputs) std::ranges::fill(output.wait_ns, 0);
+            const auto begin = Clock::now();
+            test.on_all(0, shape.wire, [&](const Emulated& e, size_t r) {
+                return is_late && r == slow ? late_until(make(e, r), begin + late) : make(e, r);
+            });
+            if (!is_late) late = std::max<Clock::duration>(5 * (Clock::now() - begin), kLeast);
+        }
+        const auto half = std::chrono::nanoseconds(late).count() / 2;
+        for (size_t r = 0; r < slow; ++r) {
+            for (size_t peer = 0; peer < slow; ++peer) CHECK(outputs[r].wait_ns[peer] < half);
+            CHECK(outputs[r].wait_ns[slow] > half);
+        }
+    };
+    check([&](const Emulated& e, size_t r) {
+        return e.dispatch_fused_kernel(
+            inputs[r].view(shape, shape.wire, false, false, outputs[r].route(shape)),
+            outputs[r].target(shape, format, shape.wire, false));
+    });
+    check([&](const Emulated& e, size_t r) {
+        const Routing routing = outputs[r].route(shape);
+        return e.combine_fused_kernel({.wire = shape.combine,
+                                       .y = y.data(),
+                                       .row_stride = shape.hidden,
+                                       .late_weights = false,
+                                       .weights = nullptr,
+                                       .num_tokens = inputs[r].num_tokens,
+                                       .routing = routing},
+                                      {.wire = shape.combine,
+                                       .out = home.data(),
+                                       .num_tokens = inputs[r].num_tokens,
+                                       .num_valid = &inputs[r].num_valid,
+                                       .wait_ns = outputs[r].wait_ns.data(),
+                                       .routing = routing});
+    });
+}
+
 // A rank that never comes: the others name it, tell each other, and end; so does what follows.
 void check_absent_rank(const Shape& shape, Format format, int grid) {
     Test test(shape, format, grid, 1);
@@ -279,6 +341,7 @@ int main(int argc, char** argv) {
     Test test(shape, format, grid, static_cast<unsigned>(argument(7)));
     test.run();
     test.compare_state();
+    if (num_ranks > 1) check_late_rank(shape, format, grid);
     if (num_ranks > 1) check_absent_rank(shape, format, grid);
     std::puts("the kernels' steps and the host backend agree");
 }

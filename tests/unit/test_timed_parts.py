@@ -62,7 +62,10 @@ def test_only_the_end_of_a_passing_parts_output_is_shown(tmp_path: Path) -> None
     assert "line 6" not in said
 
 
-def test_a_part_that_is_too_slow_is_interrupted_and_ends_itself(tmp_path: Path) -> None:
+def test_a_part_that_is_too_slow_is_interrupted_and_ends_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timed_parts, "GRACE_S", 10.0)
     script = """
 import time
 print("begun", flush=True)
