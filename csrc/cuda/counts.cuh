@@ -15,9 +15,6 @@ struct RecvScratch {
 
     static constexpr int32_t kUnknown = 0x7fffffff;
 
-    static EP_HD int message_room(const View& view) {
-        return view.message_vectors / kVectorsPerLine * kLinePayload;
-    }
     static EP_HD int bytes(const View& view, int room) {
         return room + 4 * (view.num_experts + view.num_ranks + view.local_experts + 1);
     }

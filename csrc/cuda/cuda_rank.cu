@@ -202,9 +202,9 @@ void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& 
     const Room& sms = room(kFusedMany, in.wire);
     const bool many = are_many(messages, kManyMessages, sms.resident);
     const Room& r = many ? sms : room(kDispatchFused, in.wire);
+    require_room(r, 2, "dispatch_fused");
     const int64_t wanted = 1 + std::max<int64_t>({1, messages, in.num_tokens});
     const int grid = at_most(wanted, r.resident);
-    require_room({grid, 0}, 2, "dispatch_fused");
     const bool apart = are_many(messages, kMessagesToPart, sms.resident);
     const int senders = apart ? (grid - 1) / 2 : grid - 1;
     launch(many ? kernels.fused_many : kernels.fused,

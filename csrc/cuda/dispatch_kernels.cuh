@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kThreads, kDispatchCtas)
     dispatch_fused_kernel(const __grid_constant__ DispatchFusedArgs a) {
     extern __shared__ __align__(16) uint8_t smem[];
     const SendScratch sent = SendScratch::carve(smem, a.view);
-    const RecvScratch received = RecvScratch::carve(smem + SendScratch::bytes(a.view), a.view,
-                                                    RecvScratch::message_room(a.view));
+    const RecvScratch received =
+        RecvScratch::carve(smem + SendScratch::bytes(a.view), a.view, a.view.message_room());
     const Turn turn = begin(a, Op::kDispatch, [&] {
         prepare_send(a.view, sent);
         prepare_recv(a.view, received);

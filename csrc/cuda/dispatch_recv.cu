@@ -7,7 +7,7 @@ namespace ep {
 __global__ void __launch_bounds__(kThreads, kDispatchCtas)
     dispatch_recv_kernel(const __grid_constant__ DispatchRecvArgs a) {
     extern __shared__ __align__(16) uint8_t smem[];
-    const RecvScratch scratch = RecvScratch::carve(smem, a.view, RecvScratch::message_room(a.view));
+    const RecvScratch scratch = RecvScratch::carve(smem, a.view, a.view.message_room());
     const Turn turn = begin(a, Op::kDispatch, [&] {
         prepare_recv(a.view, scratch);
         __syncthreads();
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kDispatchManyCtas)
 RecvKernels dispatch_recv_kernels() { return {dispatch_recv_kernel, dispatch_recv_many_kernel}; }
 
 DispatchScratch dispatch_scratch(const View& view) {
-    return {SendScratch::bytes(view), RecvScratch::bytes(view, RecvScratch::message_room(view))};
+    return {SendScratch::bytes(view), RecvScratch::bytes(view, view.message_room())};
 }
 DispatchScratch dispatch_many_scratch(const View& view) {
     return {RoundScratch::bytes(view), RecvScratch::bytes(view, WarpScratch::kRoom)};

@@ -22,7 +22,7 @@ struct RoundScratch {
     static constexpr int kMostBytes = 144 << 10;  // of messages; a single one is never larger
 
     static EP_HD int room(const View& view) {
-        return static_cast<int>(round_up(SendScratch::message_room(view), 16));
+        return static_cast<int>(round_up(view.message_room(), 16));
     }
     static EP_HD int tokens(const View& view) {
         const int fit = kMostBytes / room(view);
@@ -212,8 +212,8 @@ __device__ __forceinline__ void push_rounds(const View& view, const SendInput& i
     if (begin >= end) return;
     const int64_t out = view.dispatch_out + view.dispatch_at(turn.epoch);
     const int most = RoundScratch::tokens(view);
-    const int own =
-        static_cast<int>(threadIdx.x / 32);  // the token of the round that a warp routes
+    // The token of the round that a warp routes.
+    const int own = static_cast<int>(threadIdx.x / 32);
     if (begin > 0) count_tokens(view, in, turn.absent, begin, scratch.first.counts);
     // Of several rounds the first has another length in every CTA, so that some push while others
     // stage: together they would leave the link idle, then fill it.

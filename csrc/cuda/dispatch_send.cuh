@@ -16,15 +16,12 @@ struct SendScratch {
     RouteCounts counts;
     int32_t* slots;  // [R] where the current token goes; -1: not to this rank
 
-    static EP_HD int message_room(const View& view) {
-        return view.message_vectors / kVectorsPerLine * kLinePayload;
-    }
     static EP_HD int bytes(const View& view) {
-        const int used = message_room(view) + 4 * (view.num_experts + 2 * view.num_ranks);
+        const int used = view.message_room() + 4 * (view.num_experts + 2 * view.num_ranks);
         return static_cast<int>(round_up(used, 16));
     }
     static __device__ __forceinline__ SendScratch carve(uint8_t* smem, const View& view) {
-        auto* words = reinterpret_cast<int32_t*>(smem + message_room(view));
+        auto* words = reinterpret_cast<int32_t*>(smem + view.message_room());
         return {reinterpret_cast<uint64_t*>(smem),
                 {words, words + view.num_experts},
                 words + view.num_experts + view.num_ranks};

@@ -76,6 +76,8 @@ struct View {
     int32_t weights_stride;
     uint8_t* peer[kMaxRanks];
 
+    // Bytes of a message in shared memory, without its tags, to the end of its last line.
+    EP_HD int message_room() const { return message_vectors / kVectorsPerLine * kLinePayload; }
     EP_HD int owner_of(int expert) const { return by_local_experts(expert); }
     EP_HD int64_t dispatch_at(uint64_t epoch) const { return (epoch & 1) != 0 ? dispatch_half : 0; }
     EP_HD int64_t combine_at(uint64_t epoch) const { return (epoch & 1) != 0 ? combine_half : 0; }

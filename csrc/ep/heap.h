@@ -91,12 +91,9 @@ struct SendInput {
     Routing routing;
 
     EP_HD int expert(int64_t entry) const {
-        return idx_bytes == 4 ? expert_of(static_cast<const int32_t*>(topk_idx)[entry])
-                              : expert_of(static_cast<const int64_t*>(topk_idx)[entry]);
-    }
-    static EP_HD int expert_of(int32_t index) { return index; }
-    static EP_HD int expert_of(int64_t index) {
-        return index < -1 || index > 0x7fffffff ? -2 : static_cast<int>(index);
+        if (idx_bytes == 4) return static_cast<const int32_t*>(topk_idx)[entry];
+        const int64_t wide = static_cast<const int64_t*>(topk_idx)[entry];
+        return wide < -1 || wide > 0x7fffffff ? -2 : static_cast<int>(wide);
     }
 };
 

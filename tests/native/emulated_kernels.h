@@ -48,7 +48,7 @@ struct Emulated {
         }
         dispatch_send_rounds<false>(view, in, stretch, turn, scratch);
     }
-    int recv_room() const { return many ? WarpScratch::kRoom : RecvScratch::message_room(view); }
+    int recv_room() const { return many ? WarpScratch::kRoom : view.message_room(); }
     int send_bytes() const { return many ? RoundScratch::bytes(view) : SendScratch::bytes(view); }
     // One thread of a dispatch: null pointers for the half that another kernel does.
     void dispatch(uint8_t* smem, const SendInput* in, const RecvTarget* target) const {
