@@ -25,18 +25,20 @@ __device__ __forceinline__ void fetch_arguments(const Args& args, int threads) {
 // Every kernel starts so: nothing of earlier kernels is read before the wait, and no more than one
 // kernel is let in behind this one. Returns what the operation works at. `prepare`: what needs only
 // shared memory, done while the kernel before still runs; what it wrote is there for the whole CTA.
+// `ask`: loads of what earlier kernels left, asked for before this waits for anything itself.
 //
 // A group that gave up is reported, not obeyed: its sends write what nobody reads, and its waits
 // end at their first check. To stop here, a whole CTA would have to agree first, on the way to the
 // wire.
-template <class Args, class Prepare>
-__device__ __forceinline__ Turn begin(const Args& args, Op op, Prepare prepare) {
+template <class Args, class Prepare, class Ask>
+__device__ __forceinline__ Turn begin(const Args& args, Op op, Prepare prepare, Ask ask) {
     const View& view = args.view;
     const int threads = op == Op::kDispatch ? kThreads : kCombineThreads;
     if (view.starts_early) fetch_arguments(args, threads);
     prepare();
     ptx::await_previous_kernel();
     ptx::allow_next_kernel();
+    ask();
     const ChainState& state = *view.state;
     const uint64_t epoch = (op == Op::kDispatch ? state.dispatched : state.combined) + 1;
     const Absent absent = Absent::load(view);
@@ -45,6 +47,10 @@ __device__ __forceinline__ Turn begin(const Args& args, Op op, Prepare prepare) 
         if (word != 0) heed_abort(view, op, word);
     }
     return {epoch, absent};
+}
+template <class Args, class Prepare>
+__device__ __forceinline__ Turn begin(const Args& args, Op op, Prepare prepare) {
+    return begin(args, op, prepare, [] {});
 }
 template <class Args>
 __device__ __forceinline__ Turn begin(const Args& args, Op op) {

@@ -12,6 +12,7 @@ static_assert(kUnitBytes * 2 == kSumBytes);  // the same channels in a unit, so 
 // A lane's channels of a unit: sixteen of a line for each vector of the unit.
 struct UnitSum {
     static constexpr int kVectors = 2 * RowUnit::kVectors;  // of BF16
+    static constexpr int kRowsAtOnce = SumUnit::kRowsAtOnce;
     Sum8 of[kVectors];
 
     // Where a lane's BF16 vector lies in a row.
@@ -110,7 +111,7 @@ __device__ __forceinline__ bool sum_unit(const View& view, const CombineInput& i
         byte[j] = UnitSum::has(j, lines) ? UnitSum::byte(unit, j) : 0;
     }
     UnitSum sum;
-    add_rows(in, ref, weight, byte, sum.of);
+    add_rows<UnitSum::kRowsAtOnce>(in, ref, weight, byte, sum.of);
     out = Fp8Sum::rounded(sum);
     return true;
 }
@@ -158,31 +159,27 @@ __device__ __forceinline__ bool gather_unit(const View& view, const CombineInput
 
 // As the kernels take them (combine_halves.cuh): every warp works alone, on one unit.
 struct Fp8Sums {
+    static constexpr int kParts = 1;
+
     // Pairs with await_unit at each message's source. Warps that gave up leave one by one.
     template <OwnRows kOwn, Weights kWeights>
     static __device__ __forceinline__ void send(const View& view, const CombineInput& in,
-                                                const Turn& turn, Share share) {
-        if (kOwn == OwnRows::kDirect && view.num_ranks == 1) return;
-        const int most = most_received(view, in.routing);
+                                                const Turn& turn, Share share,
+                                                const FirstItem& first) {
         Watch watch{view, Op::kCombine};
-#pragma unroll 1
-        for (int i = share.first;; i += share.step) {
-            const SendItem item = SendItem::of<kOwn>(view, i);
-            if (item.slot >= most) return;
-            if (item.slot >= in.routing.received[item.source]) continue;
-            if (turn.absent.has(view, item.source)) continue;
-            const RowRef ref = load_ref(view, in.routing, item.source, item.slot);
+        each_item<kOwn>(view, in, turn, share, first, [&](const SendItem& item, RowRef ref) {
             Fp8Sum out;
             if (!sum_unit<kWeights>(view, in, watch, item.source, item.slot, ref, item.unit,
                                     turn.epoch, out)) {
-                return;
+                return false;
             }
             out.unit.pack(out.scale, turn.epoch);
             uint8_t* to = view.peer[item.source] + view.combine_out + view.combine_at(turn.epoch) +
                           static_cast<int64_t>(item.slot) * view.combine_stride +
                           item.unit * kUnitLines * kLineBytes;
-            out.unit.store(to, fp8_lines(view, item.unit));
-        }
+            store_unit(out.unit, to, fp8_lines(view, item.unit));
+            return true;
+        });
     }
 
     // Padding rows and tokens without experts become zeros.

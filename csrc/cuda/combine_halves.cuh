@@ -40,24 +40,6 @@ __device__ __forceinline__ void announce_combine(const View& view, Wire wire, co
     }
 }
 
-// A warp: waits for the lines of ranks, one a lane, whose tags are `epoch`; nullptr: for none.
-// Returns in each lane when its own came, after `start`. False: gave up.
-__device__ __forceinline__ bool await_ready(Watch& watch, const uint8_t* from, int peer,
-                                            uint64_t epoch, uint64_t start, ptx::Vector& line,
-                                            uint64_t& waited) {
-    Missing missing{from != nullptr, peer, epoch, 0, from};
-    while (true) {
-        if (missing.waiting) {
-            line = ptx::load_line_vector(from);
-            missing.seen = line.hi;
-            missing.waiting = line.hi != epoch;
-            waited = ptx::global_timer_ns() - start;
-        }
-        if (!__any_sync(kFullWarp, missing.waiting)) return true;
-        if (watch.give_up(missing)) return false;
-    }
-}
-
 // CTA 0's last warp: all ranks are in this combine, under the same terms, and all CTAs of this one
 // know its epoch.
 __device__ __noinline__ inline void settle_combine(const View& view, Wire wire, int64_t* wait_ns,
@@ -75,7 +57,7 @@ __device__ __noinline__ inline void settle_combine(const View& view, Wire wire, 
         const uint8_t* from = asked ? lines + r * kLineBytes : nullptr;
         ptx::Vector line{};
         uint64_t waited = 0;
-        if (!await_ready(watch, from, r, epoch, start, line, waited)) return;
+        if (!await_tags(watch, from, r, epoch, start, line, waited)) return;
         const bool differs = asked && line.lo != terms;
         if (differs) fail(view, FaultCode::kTerms, Op::kCombine, r, terms, line.lo);
         if (__any_sync(kFullWarp, differs)) return;
@@ -89,15 +71,36 @@ __device__ __forceinline__ Share share_after(int before) {
     return Share::of(static_cast<int>(blockIdx.x) - before, static_cast<int>(gridDim.x) - before);
 }
 
+// What the CTAs that send ask for before anything else: of the halves apart, and of both at once.
+template <class Sums>
+__device__ __forceinline__ FirstItem first_of_send(const View& view, const CombineInput& in) {
+    FirstItem first{};
+    if (blockIdx.x == 0) return first;
+    const Share share = share_after(1);
+    first.load<OwnRows::kThroughInbox>(view, in, share.units<Sums::kParts>());
+    return first;
+}
+template <class Sums>
+__device__ __forceinline__ FirstItem first_of_both(const View& view, const CombineInput& in,
+                                                   int send_ctas) {
+    FirstItem first{};
+    const int index = static_cast<int>(blockIdx.x) - 1;
+    if (index < 0 || index >= send_ctas) return first;
+    const Share share = Share::of(index, send_ctas);
+    first.load<OwnRows::kDirect>(view, in, share.units<Sums::kParts>());
+    return first;
+}
+
 template <class Sums, Weights kWeights>
 __device__ __forceinline__ void combine_send(const View& view, const CombineInput& in,
-                                             const Turn& turn) {
+                                             const Turn& turn, const FirstItem& first) {
     if (kWeights == Weights::kLate) push_weights(view, in, turn);
     if (blockIdx.x == 0) {
         announce_combine(view, in.wire, turn);
         if (threadIdx.x == 0) note_combined(view, in, turn.absent);
     } else {
-        Sums::template send<OwnRows::kThroughInbox, kWeights>(view, in, turn, share_after(1));
+        Sums::template send<OwnRows::kThroughInbox, kWeights>(view, in, turn, share_after(1),
+                                                              first);
     }
 }
 
@@ -117,7 +120,7 @@ __device__ __forceinline__ void combine_recv(const View& view, const CombineOutp
 template <class Sums, Weights kWeights>
 __device__ __forceinline__ void combine_both(const View& view, const CombineInput& in,
                                              const CombineOutput& out, int send_ctas,
-                                             const Turn& turn) {
+                                             const Turn& turn, const FirstItem& first) {
     constexpr OwnRows kOwn = OwnRows::kDirect;
     const int index = static_cast<int>(blockIdx.x) - 1;
     if (kWeights == Weights::kLate) push_weights(view, in, turn);
@@ -127,7 +130,7 @@ __device__ __forceinline__ void combine_both(const View& view, const CombineInpu
         if (keeps_order()) settle_combine(view, in.wire, out.wait_ns, turn);
         if (threadIdx.x == 0) note_combined(view, in, turn.absent);
     } else if (index < send_ctas) {
-        Sums::template send<kOwn, kWeights>(view, in, turn, Share::of(index, send_ctas));
+        Sums::template send<kOwn, kWeights>(view, in, turn, Share::of(index, send_ctas), first);
         report_combine_reader(view, turn.epoch);
     } else {
         report_combine_reader(view, turn.epoch);

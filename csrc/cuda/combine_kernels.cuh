@@ -9,7 +9,10 @@ namespace ep {
 template <class Sums, Weights kWeights>
 __global__ void __launch_bounds__(kCombineThreads, kCombineCtas)
     combine_send_kernel(const __grid_constant__ CombineSendArgs a) {
-    combine_send<Sums, kWeights>(a.view, a.in, begin(a, Op::kCombine));
+    FirstItem first;
+    const auto ask = [&] { first = first_of_send<Sums>(a.view, a.in); };
+    const Turn turn = begin(a, Op::kCombine, [] {}, ask);
+    combine_send<Sums, kWeights>(a.view, a.in, turn, first);
 }
 
 template <class Sums>
@@ -21,7 +24,10 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineCtas)
 template <class Sums, Weights kWeights>
 __global__ void __launch_bounds__(kCombineThreads, kCombineCtas)
     combine_fused_kernel(const __grid_constant__ CombineFusedArgs a) {
-    combine_both<Sums, kWeights>(a.view, a.in, a.out, a.send_ctas, begin(a, Op::kCombine));
+    FirstItem first;
+    const auto ask = [&] { first = first_of_both<Sums>(a.view, a.in, a.send_ctas); };
+    const Turn turn = begin(a, Op::kCombine, [] {}, ask);
+    combine_both<Sums, kWeights>(a.view, a.in, a.out, a.send_ctas, turn, first);
 }
 
 template <class Sums>

@@ -1,130 +1,120 @@
-// The receiver's view of what comes: counts of every source in shared memory, and what follows from
-// them.
+// Counts of every source: waiting for them, and telling the caller what they say.
 #pragma once
 
-#include "cuda/lines.cuh"
+#include "cuda/recv_scratch.cuh"
 
 namespace ep {
 
-// Shared memory: room for messages | rows[R][L] | messages[R] | first_row[L + 1].
-struct RecvScratch {
-    uint64_t* message;
-    int32_t* rows;  // that source s sends for local expert x
-    int32_t* messages;  // that source s sends; kUnknown until its counts are here
-    int32_t* first_row;  // contiguous: first row of the expert
+// A lane's vectors of the counts messages, which lie one behind the other.
+template <int kVectors>
+struct CountsLook {
+    ptx::Vector v[kVectors];
+    const uint8_t* slots;
+    int first;  // vector; the lane's others are 32 apart
+    unsigned asked = 0;  // bit u: for vector u
 
-    static constexpr int32_t kUnknown = 0x7fffffff;
-
-    static EP_HD int bytes(const View& view, int room) {
-        return room + 4 * (view.num_experts + view.num_ranks + view.local_experts + 1);
+    __device__ __forceinline__ CountsLook(const View& view, const Turn& turn, int base)
+        : slots(view.counts_in + (turn.epoch & 1) * view.num_ranks * view.counts_stride),
+          first(base + static_cast<int>(threadIdx.x & 31)) {
+#pragma unroll
+        for (int u = 0; u < kVectors; ++u) {
+            const int i = first + 32 * u;
+            if (i < view.num_ranks * view.counts_vectors) asked |= 1u << u;
+        }
+        if (turn.absent.maybe == 0) return;
+#pragma unroll 1
+        for (int u = 0; u < kVectors; ++u) {
+            if (turn.absent.leaves_out(view, view.by_counts(first + 32 * u))) asked &= ~(1u << u);
+        }
     }
-    static __device__ __forceinline__ RecvScratch carve(uint8_t* smem, const View& view, int room) {
-        auto* words = reinterpret_cast<int32_t*>(smem + room);
-        return {reinterpret_cast<uint64_t*>(smem), words, words + view.num_experts,
-                words + view.num_experts + view.num_ranks};
+    __device__ __forceinline__ bool asks(int u) const { return (asked >> u & 1) != 0; }
+
+    __device__ __forceinline__ void load() {
+        const uint8_t* from = slots + 16 * first;
+#pragma unroll
+        for (int u = 0; u < kVectors; ++u) {
+            if (asks(u)) v[u] = ptx::load_line_vector(from + 512 * u);
+        }
+    }
+    // Of the lanes that hold tags: bit u if vector u was asked for and is not there.
+    __device__ __forceinline__ unsigned lacking(uint64_t epoch) const {
+        unsigned lacking = 0;
+#pragma unroll
+        for (int u = 0; u < kVectors; ++u) lacking |= v[u].hi != epoch ? 1u << u : 0;
+        return holds_tag(threadIdx.x) ? lacking & asked : 0;
+    }
+    __device__ __forceinline__ Missing missing(const View& view, uint64_t epoch) const {
+        const unsigned lacks = lacking(epoch);
+        Missing missing{lacks != 0, -1, epoch, 0, nullptr};
+#pragma unroll
+        for (int u = 0; u < kVectors; ++u) {
+            if ((lacks >> u & 1) == 0) continue;
+            const int i = first + 32 * u;
+            missing.note(view.by_counts(i), v[u].hi, slots + 16 * i);
+        }
+        return missing;
+    }
+    // Into shared memory; the number of messages also to the warps that wait for rows already.
+    __device__ __forceinline__ void keep(const View& view, RecvScratch scratch) const {
+        static_assert(CountsLayout::kMessages == 0);
+        auto* to = reinterpret_cast<ptx::Vector*>(scratch.counts) + first;
+#pragma unroll
+        for (int u = 0; u < kVectors; ++u) {
+            if (!asks(u)) continue;
+            to[32 * u] = v[u];
+            const int source = view.by_counts(first + 32 * u);
+            if (source * view.counts_vectors != first + 32 * u) continue;
+            const auto messages = static_cast<uint32_t>(v[u].lo);
+            const uint32_t most = static_cast<uint32_t>(view.max_tokens);
+            atomicExch(&scratch.announced[source], static_cast<int32_t>(min(messages, most)));
+        }
     }
 };
 
-// All threads.
-__device__ __forceinline__ void prepare_recv(const View& view, RecvScratch scratch) {
-#pragma unroll 1
-    for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
-        scratch.messages[s] = RecvScratch::kUnknown;
-    }
-}
-
-// All threads: ranks that are left out send nothing. Warps that already wait for a message of
-// theirs see it; the rest is read behind a barrier.
-__device__ __noinline__ inline void clear_absent(const View& view, Absent absent,
-                                                 RecvScratch scratch) {
-#pragma unroll 1
-    for (int e = threadIdx.x; e < view.num_experts; e += kThreads) {
-        if (absent.has(view, view.owner_of(e))) scratch.rows[e] = 0;
-    }
-#pragma unroll 1
-    for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
-        if (absent.has(view, s)) atomicExch(&scratch.messages[s], 0);
-    }
-}
-
-// A peer's numbers index our memory: never beyond the inbox.
-__device__ __forceinline__ int32_t checked_count(const View& view, int source, uint32_t n) {
-    const auto limit = static_cast<uint32_t>(view.max_tokens);
-    if (n <= limit) return static_cast<int32_t>(n);
-    if (blockIdx.x == 0) fail(view, FaultCode::kCount, Op::kDispatch, source, limit, n);
-    return static_cast<int32_t>(limit);
-}
-
-// Every source must work with this rank's mask. A difference ends the group: every wait that may
-// not be served ends with it.
-__device__ __forceinline__ void compare_masks(const View& view, const Turn& turn, int source,
-                                              uint32_t theirs) {
-    const uint32_t ours = turn.absent.digest(view);
-    if (theirs == ours || blockIdx.x != 0) return;
-    fail(view, FaultCode::kTerms, Op::kDispatch, source, pack_terms(ours, Wire::kBf16),
-         pack_terms(theirs, Wire::kBf16));
-}
-
-// All counts messages into shared memory; those of ranks that are left out are zeros already. Each
-// warp takes 32 vectors of one source at a time, and publishes the number of messages for the warps
-// that already wait for rows. `meanwhile` runs once, between the first arrival (or at once, in
-// warps with nothing to pull) and what follows from it. False: gave up.
-template <class Meanwhile>
-__device__ __forceinline__ bool pull_counts(const View& view, const RecvTarget& target,
-                                            const Turn& turn, RecvScratch scratch,
-                                            Meanwhile meanwhile) {
-    const uint64_t epoch = turn.epoch;
-    const int local_experts = view.local_experts;
-    const int num_vectors = view.counts_vectors;
-    const uint8_t* slots = view.counts_in + (epoch & 1) * view.num_ranks * view.counts_stride;
-    const int chunks = (num_vectors + 31) / 32;
-    const int lane = threadIdx.x & 31;
-    const uint64_t start = blockIdx.x == 0 ? ptx::global_timer_ns() : 0;
+// CTA 0's router, while its clerk pulls: how long each source kept this rank waiting.
+__device__ __noinline__ inline void measure_waits(const View& view, const RecvTarget& target,
+                                                  Turn turn) {
+    const uint8_t* slots = view.counts_in + (turn.epoch & 1) * view.num_ranks * view.counts_stride;
+    const uint64_t start = ptx::global_timer_ns();
     Watch watch{view, Op::kDispatch};
-    bool told = false;
 #pragma unroll 1
-    for (int source = 0, task = threadIdx.x / 32; task < view.num_ranks * chunks;
-         task += kThreads / 32) {
-        while (task >= (source + 1) * chunks) ++source;
-        const int i = (task - source * chunks) * 32 + lane;
-        const bool asked = i < num_vectors && !turn.absent.has(view, source);
-        const uint8_t* from[1] = {asked ? slots + source * view.counts_stride + 16 * i : nullptr};
-        const int peers[1] = {source};
-        ptx::Vector v[1];
-        if (!await_vectors<1>(watch, from, peers, holds_tag(lane), epoch, v)) return false;
-        if (!told) meanwhile();
-        told = true;
-        if (blockIdx.x == 0 && asked && i == 0) {
-            const uint64_t waited = ptx::global_timer_ns() - start;
-            view.stats->wait_ns[source] = waited;
-            if (target.wait_ns != nullptr) target.wait_ns[source] += waited;
+    for (int base = 0; base < view.num_ranks; base += 32) {
+        const int source = base + static_cast<int>(threadIdx.x & 31);
+        const bool asked = source < view.num_ranks && !turn.absent.leaves_out(view, source);
+        const uint8_t* from = slots + source * view.counts_stride + kLineBytes - 16;
+        ptx::Vector vector{};
+        uint64_t waited = 0;
+        if (!await_tags(watch, asked ? from : nullptr, source, turn.epoch, start, vector, waited)) {
+            return;
         }
-        if (from[0] == nullptr) continue;
-        const auto put = [&](int g, uint64_t granule) {
-            const int x = 2 * g - 2;
-            const auto lo = static_cast<uint32_t>(granule);
-            if (g == 0) {
-                compare_masks(view, turn, source, static_cast<uint32_t>(granule >> 32));
-                atomicExch(&scratch.messages[source], checked_count(view, source, lo));
-                return;
-            }
-            int32_t* rows = scratch.rows + source * local_experts;
-            if (x < local_experts) rows[x] = checked_count(view, source, lo);
-            const auto hi = static_cast<uint32_t>(granule >> 32);
-            if (x + 1 < local_experts) rows[x + 1] = checked_count(view, source, hi);
-        };
-        put(first_granule(i), v[0].lo);
-        if (!holds_tag(i)) put(first_granule(i) + 1, v[0].hi);
+        if (!asked) continue;
+        view.stats->wait_ns[source] = waited;
+        if (target.wait_ns != nullptr) target.wait_ns[source] += waited;
     }
-    if (!told) meanwhile();
-    return true;
 }
 
-// What the warps that pull counts have published so far. An atomic: they may be writing it now.
-__device__ __forceinline__ int32_t messages_so_far(int source, RecvScratch scratch) {
-    int32_t n = 0;
-    if ((threadIdx.x & 31) == 0) n = atomicOr(&scratch.messages[source], 0);
-    return __shfl_sync(kFullWarp, n, 0);
+// Counts messages into shared memory: by one warp, or by one of several, a look at a time. False:
+// gave up.
+template <int kVectors>
+__device__ __forceinline__ bool pull_counts(const View& view, const Turn& turn, int warp, int warps,
+                                            RecvScratch scratch) {
+    if (turn.absent.maybe != 0 && warp == 0) clear_absent(view, turn.absent, scratch);
+    Watch watch{view, Op::kDispatch};
+    constexpr int kEach = 32 * kVectors;
+#pragma unroll 1
+    for (int base = kEach * warp; base < view.num_ranks * view.counts_vectors;
+         base += kEach * warps) {
+        CountsLook<kVectors> look(view, turn, base);
+#pragma unroll 1
+        while (true) {
+            look.load();
+            if (!__any_sync(kFullWarp, look.lacking(turn.epoch) != 0)) break;
+            if (watch.give_up([&] { return look.missing(view, turn.epoch); })) return false;
+        }
+        look.keep(view, scratch);
+    }
+    __syncwarp();
+    return true;
 }
 
 // Batched: which rows of local expert x came from which source.
@@ -133,72 +123,65 @@ __device__ __noinline__ inline void note_ranges(const View& view, const RecvTarg
     int64_t first = 0;
 #pragma unroll 1
     for (int s = 0; s < view.num_ranks; ++s) {
-        const int32_t rows = scratch.rows[s * view.local_experts + x];
+        const int32_t rows = scratch.rows(view, s, x);
         target.layout_range[x * view.num_ranks + s] = (first << 32) | rows;
         first += rows;
     }
 }
 
-// CTA 0 tells the caller what came.
-__device__ inline void report_counts(const View& view, const RecvTarget& target,
-                                     RecvScratch scratch) {
-    const int local_experts = view.local_experts;
-#pragma unroll 1
-    for (int x = threadIdx.x; x < local_experts; x += kThreads) {
-        int32_t sum = 0;
-#pragma unroll 1
-        for (int s = 0; s < view.num_ranks; ++s) sum += scratch.rows[s * local_experts + x];
-        target.recv_count[x] = sum;
-        if (target.cumulative_count != nullptr) target.cumulative_count[x] += sum;
-        if (target.layout_range != nullptr) note_ranges(view, target, x, scratch);
+// CTA 0: every source must count within the inbox, and work with this rank's mask. A difference
+// ends the group, and every wait that may not be served ends with it.
+__device__ __forceinline__ uint32_t checked_word(const View& view, Absent absent, int source,
+                                                 int word, RecvScratch scratch) {
+    const auto limit = static_cast<uint32_t>(view.max_tokens);
+    const uint32_t n = scratch.word(view, source, RecvScratch::byte_of(word));
+    if (word == CountsLayout::kMask) {
+        const uint32_t mask = absent.digest(view);
+        if (n == mask || absent.leaves_out(view, source)) return n;
+        fail(view, FaultCode::kTerms, Op::kDispatch, source, pack_terms(mask, Wire::kBf16),
+             pack_terms(n, Wire::kBf16));
+    } else if (n > limit) {
+        fail(view, FaultCode::kCount, Op::kDispatch, source, limit, n);
+        return limit;
     }
-#pragma unroll 1
-    for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
-        target.routing.received[s] = scratch.messages[s];
-        target.num_messages[s] = scratch.messages[s];
-    }
+    return n;
 }
 
-// Contiguous: the first row of every expert, each a multiple of the alignment. Synchronises.
-__device__ __noinline__ inline void place_experts(const View& view, const RecvTarget& target,
-                                                  RecvScratch scratch) {
-    const int local_experts = view.local_experts;
-    const int lane = threadIdx.x & 31;
-    if (threadIdx.x < 32) {
-        int32_t carried = 0;
+// CTA 0 tells the caller, and the statistics, what came. All threads; the router has the messages.
+__device__ __forceinline__ void report_counts(const View& view, const RecvTarget& target,
+                                              Absent absent, RecvScratch scratch) {
+    const bool routes = this_warp() == kRouter;
+    const int count = routes ? view.num_ranks : view.local_experts;
+    const int first = routes ? static_cast<int>(threadIdx.x & 31) : send_thread();
+    const int step = routes ? 32 : kRowThreads;
+    if (this_warp() == kClerk) return;
 #pragma unroll 1
-        for (int base = 0; base < local_experts; base += 32) {
-            const int x = base + lane;
-            int32_t own = 0;
+    for (int base = 0; base < count; base += step) {
+        const int i = base + first;
+        uint32_t sum = 0;
+        if (routes && i < count) {
+            checked_word(view, absent, i, CountsLayout::kMask, scratch);
+            sum = checked_word(view, absent, i, CountsLayout::kMessages, scratch);
+            target.routing.received[i] = target.num_messages[i] = static_cast<int32_t>(sum);
+        } else if (i < count) {
 #pragma unroll 1
-            for (int s = 0; s < view.num_ranks && x < local_experts; ++s) {
-                own += scratch.rows[s * local_experts + x];
+            for (int s = 0; s < view.num_ranks; ++s) {
+                sum += checked_word(view, absent, s, CountsLayout::kRows + i, scratch);
             }
-            own = static_cast<int32_t>(round_up(own, target.alignment));
-            int32_t sum = own;
-#pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const int32_t other = __shfl_up_sync(kFullWarp, sum, step);
-                if (lane >= step) sum += other;
-            }
-            if (x < local_experts) scratch.first_row[x] = carried + sum - own;
-            carried += __shfl_sync(kFullWarp, sum, 31);
+            target.recv_count[i] = static_cast<int32_t>(sum);
+            if (target.cumulative_count != nullptr) target.cumulative_count[i] += sum;
+            if (target.layout_range != nullptr) note_ranges(view, target, i, scratch);
         }
-        if (lane == 0) scratch.first_row[local_experts] = carried;
+        const int all = __reduce_add_sync(kFullWarp, static_cast<int>(sum));
+        StepStats& stats = *view.stats;
+        if ((threadIdx.x & 31) != 0 || all == 0) continue;
+        add_statistic(routes ? stats.messages_received : stats.rows_received, all);
     }
-    __syncthreads();
-    if (blockIdx.x != 0) return;
+    if (target.format != Format::kContiguous) return;
 #pragma unroll 1
-    for (int x = threadIdx.x; x <= local_experts; x += kThreads) {
+    for (int x = send_thread(); x <= view.local_experts; x += kSendThreads) {
         target.expert_offset[x] = scratch.first_row[x];
     }
-}
-
-__device__ __forceinline__ int messages_before(int source, RecvScratch scratch) {
-    int sum = 0;
-#pragma unroll 1
-    for (int s = 0; s < source; ++s) sum += scratch.messages[s];
-    return sum;
 }
 
 }  // namespace ep

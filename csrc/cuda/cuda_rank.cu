@@ -8,7 +8,6 @@
 #include "cuda/error.h"
 #include "cuda/grids.h"
 #include "cuda/kernels.h"
-#include "cuda/masks.h"
 
 namespace ep {
 namespace {
@@ -18,7 +17,8 @@ DispatchKernels dispatch_kernels(const View& view, Wire wire) {
                               : plain_dispatch_kernels(view.input_vectors);
 }
 
-CombineKernels combine_kernels(Wire wire, bool late_weights) {
+CombineKernels combine_kernels(Wire wire, bool late_weights, bool few = false) {
+    if (few) return few_combine_kernels();
     return wire == Wire::kFp8 ? fp8_combine_kernels(late_weights)
                               : bf16_combine_kernels(late_weights);
 }
@@ -132,6 +132,10 @@ void CudaRank::prepare(Wire wire, int num_sms) {
     load(kFp8Fused, address(fp8.fused), 0);
     load(kFp8LateSend, address(fp8_late.send), 0);
     load(kFp8LateFused, address(fp8_late.fused), 0);
+    const CombineKernels few = combine_kernels(Wire::kBf16, false, true);
+    load(kFewSend, address(few.send), 0);
+    load(kFewRecv, address(few.recv), 0);
+    load(kFewFused, address(few.fused), 0);
 }
 
 void CudaRank::require_combine(Wire wire) const {
@@ -163,6 +167,11 @@ const CudaRank::Room& CudaRank::room(Kernel kernel, Wire wire) const {
     return room_[static_cast<size_t>(wire)][kernel];
 }
 
+bool CudaRank::takes_few(Kernel few, Wire sums, bool late_weights, int64_t units) const {
+    const int resident = room(few, ctx_.shape.wire).resident;
+    return sums == Wire::kBf16 && !late_weights && are_few(units, resident);
+}
+
 void CudaRank::dispatch_send(int chain, const SendInput& in, StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
     const View& v = view(chain, in.wire);
@@ -186,10 +195,11 @@ void CudaRank::dispatch_recv(int chain, const RecvTarget& target, int expected,
     const bool many = are_many(messages, kManyMessages, sms.resident);
     const Room& r = many ? sms : room(kDispatchRecv, target.wire);
     // CTA 0 keeps the books.
-    const int grid = 1 + at_most(messages, r.resident - 1);
+    const int bits = many ? 0 : part_bits(v, messages, sms.resident);
+    const int grid = 1 + at_most(messages << bits, r.resident - 1);
     launch(many ? kernels.recv_many : kernels.recv,
            {grid, kThreads, r.scratch, stream, options_.pdl},
-           DispatchRecvArgs{.target = target, .view = v});
+           DispatchRecvArgs{.target = target, .part_bits = bits, .view = v});
 }
 
 void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& target,
@@ -203,7 +213,12 @@ void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& 
     const bool many = are_many(messages, kManyMessages, sms.resident);
     const Room& r = many ? sms : room(kDispatchFused, in.wire);
     require_room(r, 2, "dispatch_fused");
-    const int64_t wanted = 1 + std::max<int64_t>({1, messages, in.num_tokens});
+    const int bits = many ? 0 : part_bits(v, messages, sms.resident);
+    const int64_t parts = messages << bits;
+    // Where there is room, those that receive have nothing to send.
+    const bool spare = !many && parts + in.num_tokens < sms.resident;
+    const int64_t wanted =
+        1 + (spare ? parts + in.num_tokens : std::max<int64_t>({1, parts, in.num_tokens}));
     const int grid = at_most(wanted, r.resident);
     const bool apart = are_many(messages, kMessagesToPart, sms.resident);
     const int senders = apart ? (grid - 1) / 2 : grid - 1;
@@ -212,6 +227,7 @@ void CudaRank::dispatch_fused(int chain, const SendInput& in, const RecvTarget& 
            DispatchFusedArgs{.in = in,
                              .stretch = stretch_of(in.num_tokens, senders),
                              .first_receiver = apart ? 1 + senders : 1,
+                             .part_bits = bits,
                              .target = target,
                              .view = v});
 }
@@ -223,12 +239,14 @@ void CudaRank::combine_send(int chain, const CombineInput& in, int expected,
     const Wire wire = ctx_.shape.wire;
     const View& v = view(chain, wire);
     const int64_t messages = static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected);
-    const Kernel kernel = in.wire == Wire::kFp8 ? (in.late_weights ? kFp8LateSend : kFp8Send)
-                                                : (in.late_weights ? kLateSend : kCombineSend);
+    const int64_t units = messages * v.sums;
+    const bool few = takes_few(kFewSend, in.wire, in.late_weights, units);
+    const Kernel kernel = few                     ? kFewSend
+                          : in.wire == Wire::kFp8 ? (in.late_weights ? kFp8LateSend : kFp8Send)
+                                                  : (in.late_weights ? kLateSend : kCombineSend);
     const Room& r = room(kernel, wire);
-    const int64_t wanted = ctas_for(messages * v.sums);
-    const int grid = 1 + at_most(wanted, r.resident - 1);
-    launch(combine_kernels(in.wire, in.late_weights).send,
+    const int grid = 1 + at_most(ctas_for(few ? 2 * units : units), r.resident - 1);
+    launch(combine_kernels(in.wire, in.late_weights, few).send,
            {grid, kCombineThreads, 0, stream, options_.pdl}, CombineSendArgs{.in = in, .view = v});
 }
 
@@ -237,10 +255,12 @@ void CudaRank::combine_recv(int chain, const CombineOutput& out, StreamHandle st
     require_combine(out.wire);
     const Wire wire = ctx_.shape.wire;
     const View& v = view(chain, wire);
-    const Room& r = room(out.wire == Wire::kFp8 ? kFp8Recv : kCombineRecv, wire);
-    const int64_t items = int64_t{out.num_tokens} * v.sums;
-    const int grid = 1 + at_most(ctas_for(items), r.resident - 1);
-    launch(combine_kernels(out.wire, false).recv, {grid, kCombineThreads, 0, stream, options_.pdl},
+    const int64_t units = int64_t{out.num_tokens} * v.sums;
+    const bool few = takes_few(kFewRecv, out.wire, false, units);
+    const Room& r = room(few ? kFewRecv : out.wire == Wire::kFp8 ? kFp8Recv : kCombineRecv, wire);
+    const int grid = 1 + at_most(ctas_for(few ? 2 * units : units), r.resident - 1);
+    launch(combine_kernels(out.wire, false, few).recv,
+           {grid, kCombineThreads, 0, stream, options_.pdl},
            CombineRecvArgs{.out = out, .view = v});
 }
 
@@ -251,75 +271,20 @@ void CudaRank::combine_fused(int chain, const CombineInput& in, const CombineOut
     if (in.wire != out.wire) throw std::invalid_argument("a combine has one format");
     const Wire wire = ctx_.shape.wire;
     const View& v = view(chain, wire);
-    const Kernel kernel = in.wire == Wire::kFp8 ? (in.late_weights ? kFp8LateFused : kFp8Fused)
-                                                : (in.late_weights ? kLateFused : kCombineFused);
+    const int64_t sent = int64_t{ctx_.shape.num_ranks - 1} * expected_tokens(expected) * v.sums;
+    const int64_t received = int64_t{out.num_tokens} * v.sums;
+    const bool few = takes_few(kFewFused, in.wire, in.late_weights, sent + received);
+    const Kernel kernel = few                     ? kFewFused
+                          : in.wire == Wire::kFp8 ? (in.late_weights ? kFp8LateFused : kFp8Fused)
+                                                  : (in.late_weights ? kLateFused : kCombineFused);
     const Room& r = room(kernel, wire);
     require_room(r, 3, "combine_fused");
-    const int64_t messages = int64_t{ctx_.shape.num_ranks - 1} * expected_tokens(expected);
-    const int64_t items = int64_t{out.num_tokens} * v.sums;
-    const Split split = Split::of(ctas_for(messages * v.sums), ctas_for(items), r.resident - 1,
-                                  ctx_.shape.num_ranks);
-    launch(combine_kernels(in.wire, in.late_weights).fused,
+    const int warps = few ? 2 : 1;  // to a unit
+    const Split split = Split::of(ctas_for(warps * sent), ctas_for(warps * received),
+                                  r.resident - 1, ctx_.shape.num_ranks);
+    launch(combine_kernels(in.wire, in.late_weights, few).fused,
            {1 + split.send + split.recv, kCombineThreads, 0, stream, options_.pdl},
            CombineFusedArgs{.in = in, .send_ctas = split.send, .out = out, .view = v});
-}
-
-void CudaRank::set_time_budget(uint64_t nanoseconds) const {
-    const DeviceGuard guard(options_.device);
-    EP_CUDA(cudaMemcpy(ctx_.local + LocalLayout::kBudgetOffset, &nanoseconds, sizeof(nanoseconds),
-                       cudaMemcpyHostToDevice));
-}
-
-void CudaRank::set_rank_mask(int rank, bool masked, StreamHandle stream) const {
-    if (rank < 0 || rank >= ctx_.shape.num_ranks) {
-        throw std::invalid_argument("rank " + std::to_string(rank) + " is not in 0.." +
-                                    std::to_string(ctx_.shape.num_ranks - 1));
-    }
-    const DeviceGuard guard(options_.device);
-    launch_set_mask(ctx_.mask(), rank, masked, stream);
-}
-
-void CudaRank::clear_rank_mask(StreamHandle stream) const {
-    const DeviceGuard guard(options_.device);
-    launch_clear_mask(ctx_.mask(), stream);
-}
-
-void CudaRank::write_rank_mask(std::uintptr_t out, StreamHandle stream) const {
-    const DeviceGuard guard(options_.device);
-    launch_write_mask(ctx_.mask(), reinterpret_cast<int32_t*>(out), ctx_.shape.num_ranks, stream);
-}
-
-RankMask CudaRank::read_rank_mask() const {
-    const DeviceGuard guard(options_.device);
-    RankMask mask{};
-    EP_CUDA(cudaDeviceSynchronize());
-    EP_CUDA(cudaMemcpy(&mask, ctx_.mask(), sizeof(mask), cudaMemcpyDeviceToHost));
-    return mask;
-}
-
-StepStats CudaRank::read_stats(int chain) const {
-    const DeviceGuard guard(options_.device);
-    StepStats stats{};
-    EP_CUDA(cudaDeviceSynchronize());
-    EP_CUDA(cudaMemcpy(&stats, ctx_.stats(chain), sizeof(stats), cudaMemcpyDeviceToHost));
-    return stats;
-}
-
-ChainState CudaRank::read_state(int chain) const {
-    const DeviceGuard guard(options_.device);
-    ChainState state{};
-    EP_CUDA(cudaDeviceSynchronize());
-    EP_CUDA(cudaMemcpy(&state, ctx_.state(chain), sizeof(state), cudaMemcpyDeviceToHost));
-    return state;
-}
-
-void CudaRank::reset() const {
-    const DeviceGuard guard(options_.device);
-    EP_CUDA(cudaDeviceSynchronize());
-    EP_CUDA(cudaMemset(ctx_.heap[ctx_.rank], 0, static_cast<size_t>(ctx_.layout.bytes)));
-    EP_CUDA(cudaMemset(ctx_.local + LocalLayout::kClaimOffset, 0,
-                       static_cast<size_t>(ctx_.local_layout.bytes - LocalLayout::kClaimOffset)));
-    EP_CUDA(cudaDeviceSynchronize());
 }
 
 }  // namespace ep

@@ -67,6 +67,9 @@ class CudaRank {
         kFp8Fused,
         kFp8LateSend,
         kFp8LateFused,
+        kFewSend,  // of combines that have two warps for a unit
+        kFewRecv,
+        kFewFused,
         kNumKernels
     };
     // What a launch of a kernel may use, for one wire format.
@@ -78,6 +81,8 @@ class CudaRank {
     int expected_tokens(int expected) const;
     const View& view(int chain, Wire wire) const;
     const Room& room(Kernel kernel, Wire wire) const;
+    // Whether a combine of so many units has two warps for each, with the kernel for few.
+    bool takes_few(Kernel few, Wire sums, bool late_weights, int64_t units) const;
     static void require_room(const Room& room, int least, const char* what);
     void prepare(Wire wire, int num_sms);
     void require_combine(Wire wire) const;

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, kDispatchCtas)
         __syncthreads();
     });
     dispatch_send<kQuantise, kRowPairs>(a.view, a.in, a.stretch, turn, sent);
-    dispatch_recv(a.view, a.target, turn, received);
+    dispatch_recv(a.view, a.target, turn, received, a.part_bits);
 }
 
 // The same for many tokens.
@@ -72,8 +72,8 @@ DispatchKernels kernels_of() {
 
 template <bool kQuantise>
 DispatchKernels dispatch_kernels_for(int input_vectors) {
-    return input_vectors <= 2 * kStagingThreads ? kernels_of<kQuantise, 1>()
-                                                : kernels_of<kQuantise, 3>();
+    return input_vectors <= 2 * kRowThreads ? kernels_of<kQuantise, 1>()
+                                            : kernels_of<kQuantise, 3>();
 }
 
 }  // namespace ep

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kThreads, kDispatchCtas)
         prepare_recv(a.view, scratch);
         __syncthreads();
     });
-    dispatch_recv(a.view, a.target, turn, scratch);
+    dispatch_recv(a.view, a.target, turn, scratch, a.part_bits);
 }
 
 // For many messages.

@@ -9,14 +9,13 @@
 
 namespace ep {
 
-// Shared memory: messages[n] | rows[E] | messages[R] | slots[n][R] | chosen[E] | going[R], for
-// rounds of n tokens.
+// Shared memory: messages[n] | destinations[n] | counts[R][words] | picks[R][words], for rounds of
+// n tokens.
 struct RoundScratch {
     SendScratch first;  // of the round's first message
-    uint32_t* chosen;  // bit i: token i of the round chose the expert
-    uint32_t* going;  // bit i: it goes to the rank
+    RouteCounts picks;  // bit i of a word: token i of the round would be counted there
     int message_granules;
-    int num_ranks;
+    int destinations_bytes;
 
     static constexpr int kMostTokens = 4;
     static constexpr int kMostBytes = 144 << 10;  // of messages; a single one is never larger
@@ -30,45 +29,42 @@ struct RoundScratch {
     }
     static EP_HD int bytes(const View& view) {
         const int n = tokens(view);
-        const int words = 2 * view.num_experts + (2 + n) * view.num_ranks;
-        return static_cast<int>(round_up(n * room(view) + 4 * words, 16));
+        const int words = 2 * RouteCounts::num_words(view);
+        const int each = room(view) + Destinations::bytes(view);
+        return static_cast<int>(round_up(n * each + 4 * words, 16));
     }
     static __device__ __forceinline__ RoundScratch carve(uint8_t* smem, const View& view) {
         const int n = tokens(view);
-        auto* rows = reinterpret_cast<int32_t*>(smem + n * room(view));
-        int32_t* messages = rows + view.num_experts;
-        int32_t* slots = messages + view.num_ranks;
-        auto* chosen = reinterpret_cast<uint32_t*>(slots + n * view.num_ranks);
-        return {{reinterpret_cast<uint64_t*>(smem), {rows, messages}, slots},
-                chosen,
-                chosen + view.num_experts,
+        uint8_t* const to = smem + n * room(view);
+        auto* words = reinterpret_cast<int32_t*>(to + n * Destinations::bytes(view));
+        return {{reinterpret_cast<uint64_t*>(smem), {words}, reinterpret_cast<Destinations*>(to)},
+                {words + RouteCounts::num_words(view)},
                 room(view) / 8,
-                view.num_ranks};
+                Destinations::bytes(view)};
     }
     __device__ __forceinline__ SendScratch message(int i) const {
-        return {first.message + i * message_granules, first.counts, first.slots + i * num_ranks};
+        auto* to = reinterpret_cast<uint8_t*>(first.to) + i * destinations_bytes;
+        return {first.message + i * message_granules, first.counts,
+                reinterpret_cast<Destinations*>(to)};
     }
     // What earlier tokens of the round add to a count.
-    static __device__ __forceinline__ int before(uint32_t bits, int i) {
-        return __popc(bits & ((1u << i) - 1));
+    static __device__ __forceinline__ int before(int32_t bits, int i) {
+        return __popc(static_cast<unsigned>(bits) & ((1u << i) - 1));
     }
 };
 
 // All threads; the caller synchronises.
 __device__ __forceinline__ void prepare_rounds(const View& view, const RoundScratch& scratch) {
     clear_counts(view, scratch.first.counts);
-#pragma unroll 1
-    for (int e = threadIdx.x; e < view.num_experts + view.num_ranks; e += kThreads) {
-        scratch.chosen[e] = 0;
-    }
+    clear_counts(view, scratch.picks);
 }
 
 // Between rounds: the round's tokens are earlier ones now. All threads.
 __device__ __forceinline__ void count_round(const View& view, const RoundScratch& scratch) {
 #pragma unroll 1
-    for (int e = threadIdx.x; e < view.num_experts + view.num_ranks; e += kThreads) {
-        scratch.first.counts.rows[e] += __popc(scratch.chosen[e]);
-        scratch.chosen[e] = 0;
+    for (int i = threadIdx.x; i < RouteCounts::num_words(view); i += kThreads) {
+        scratch.first.counts.words[i] += __popc(static_cast<unsigned>(scratch.picks.words[i]));
+        scratch.picks.words[i] = 0;
     }
 }
 
@@ -94,51 +90,53 @@ struct Strips {
     __device__ __forceinline__ int first_vector() const { return width * strip; }
 };
 
-// One warp: what token i of the round chose, entry k at lane k.
-struct Route {
-    Choice choice;
-    float weight;
-};
-__device__ __forceinline__ Route pick_route(const View& view, const SendInput& in, Absent absent,
-                                            int token, int i, const RoundScratch& scratch) {
-    const int lane = threadIdx.x & 31;
-    const bool has_entry = lane < view.topk;
-    const int64_t entry = static_cast<int64_t>(token) * view.topk + lane;
-    const int raw = has_entry ? in.expert(entry) : -1;
-    const float weight = has_entry ? entry_weight(in, entry) : 0.0f;
-    const Choice c = check_choice(view, absent.reachable(view, raw), 0);
-    if (c.expert >= 0) atomicOr(&scratch.chosen[c.expert], 1u << i);
-    if (c.leads_message) atomicOr(&scratch.going[c.rank], 1u << i);
-    report_dropped(view, c, raw);
-    return {c, weight};
+// One warp: notes what token i of the round chose.
+__device__ __forceinline__ void pick_route(const View& view, const Route& route, int i,
+                                           const RoundScratch& scratch) {
+    const Choice& c = route.choice;
+    if (c.expert >= 0) atomicOr(scratch.picks.rows(view, c.expert, c.rank), 1 << i);
+#pragma unroll 1
+    for (int base = 0; base < view.num_ranks; base += 32) {
+        const int rank = base + static_cast<int>(threadIdx.x & 31);
+        if (goes_to(c, base)) atomicOr(scratch.picks.messages(view, rank), 1 << i);
+    }
+    report_dropped(view, c, route.raw);
 }
 
 // The same warp, once all tokens of the round have picked and all earlier ones are counted: the
 // header, the entries and the slots.
 __device__ __forceinline__ void settle_route(const View& view, const SendInput& in, int token,
-                                             int i, const Route& route,
+                                             uint64_t epoch, int i, const Route& route,
                                              const RoundScratch& scratch) {
     const int lane = threadIdx.x & 31;
     const SendScratch own = scratch.message(i);
-    const RouteCounts& counts = own.counts;
-    const int expert = route.choice.expert;
+    const Choice& c = route.choice;
     auto* bytes = reinterpret_cast<uint8_t*>(own.message);
     if (lane < view.topk) {
-        const int32_t position =
-            expert < 0 ? 0 : counts.rows[expert] + RoundScratch::before(scratch.chosen[expert], i);
-        reinterpret_cast<Entry*>(bytes + view.entries_offset)[lane] = {expert, position,
+        int32_t position = 0;
+        if (c.expert >= 0) {
+            position = *own.counts.rows(view, c.expert, c.rank) +
+                       RoundScratch::before(*scratch.picks.rows(view, c.expert, c.rank), i);
+        }
+        reinterpret_cast<Entry*>(bytes + view.entries_offset)[lane] = {c.expert, position,
                                                                        route.weight};
     }
     if (lane == 0) {
         *reinterpret_cast<MessageHeader*>(bytes + view.header_offset) = {token, view.topk};
     }
-    int32_t* sent = in.routing.sent + token * view.num_ranks;
+    int known = 0;
 #pragma unroll 1
-    for (int r = lane; r < view.num_ranks; r += 32) {
-        const uint32_t going = scratch.going[r];
-        const bool goes = (going >> i & 1) != 0;
-        own.slots[r] = sent[r] = goes ? counts.messages[r] + RoundScratch::before(going, i) : -1;
+    for (int base = 0; base < view.num_ranks; base += 32) {
+        const bool exists = base + lane < view.num_ranks;
+        const int rank = rank_at(view, min(base + lane, view.num_ranks - 1));
+        const int32_t going = *scratch.picks.messages(view, rank);
+        const bool goes = exists && (going >> i & 1) != 0;
+        const int slot = *own.counts.messages(view, rank) + RoundScratch::before(going, i);
+        if (exists) in.routing.sent[token * view.num_ranks + rank] = goes ? slot : -1;
+        known = own.to->add(
+            known, goes, inbox_at(view, base + lane, epoch) + slot * int64_t{view.message_stride});
     }
+    if (lane == 0) own.to->count = known;
 }
 
 // All warps: rows, and the scales that the caller gives, into their messages.
@@ -190,14 +188,14 @@ __device__ __forceinline__ void stage_round(const View& view, const SendInput& i
 }
 
 // All warps: the messages to wherever they go.
-__device__ __forceinline__ void push_round(const View& view, int n, int64_t out, uint64_t epoch,
+__device__ __forceinline__ void push_round(const View& view, int n, uint64_t epoch,
                                            const RoundScratch& scratch) {
     Strips strips(static_cast<int>(threadIdx.x / 32), view.message_vectors, 32);
 #pragma unroll 1
     for (; strips.within(n); strips.strip += kThreads / 32) {
         const int v = strips.first_vector() + static_cast<int>(threadIdx.x & 31);
         if (v >= view.message_vectors) continue;
-        push_vector(view, scratch.message(strips.row), v, out, epoch);
+        push_vectors<1>(view, scratch.message(strips.row), v, 0, epoch);
     }
 }
 
@@ -210,7 +208,6 @@ __device__ __forceinline__ void push_rounds(const View& view, const SendInput& i
     const int begin = (static_cast<int>(blockIdx.x) - 1) * stretch;
     const int end = min(num_tokens, begin + stretch);
     if (begin >= end) return;
-    const int64_t out = view.dispatch_out + view.dispatch_at(turn.epoch);
     const int most = RoundScratch::tokens(view);
     // The token of the round that a warp routes.
     const int own = static_cast<int>(threadIdx.x / 32);
@@ -221,12 +218,16 @@ __device__ __forceinline__ void push_rounds(const View& view, const SendInput& i
 #pragma unroll 1
     for (int t = begin; t < end; t += n, n = min(most, end - t)) {
         Route route{};
-        if (own < n) route = pick_route(view, in, turn.absent, t + own, own, scratch);
+        if (own < n) {
+            route.load(view, in, t + own);
+            route.check(view, turn.absent);
+            pick_route(view, route, own, scratch);
+        }
         stage_round<kQuantise>(view, in, t, n, scratch);
         __syncthreads();
-        if (own < n) settle_route(view, in, t + own, own, route, scratch);
+        if (own < n) settle_route(view, in, t + own, turn.epoch, own, route, scratch);
         __syncthreads();
-        push_round(view, n, out, turn.epoch, scratch);
+        push_round(view, n, turn.epoch, scratch);
         if (t + n == end) break;
         count_round(view, scratch);
         __syncthreads();  // and the messages' places are free again
@@ -238,11 +239,14 @@ __device__ __forceinline__ void dispatch_send_rounds(const View& view, const Sen
                                                      int stretch, const Turn& turn,
                                                      const RoundScratch& scratch) {
     const int num_tokens = valid_tokens(view, in);
-    if (blockIdx.x == 0) {
-        announce_counts(view, in, turn, num_tokens, scratch.first);
-    } else {
-        push_rounds<kQuantise>(view, in, turn, num_tokens, stretch, scratch);
+    if (blockIdx.x != 0) {
+        return push_rounds<kQuantise>(view, in, turn, num_tokens, stretch, scratch);
     }
+    const RouteCounts& counts = scratch.first.counts;
+    count_tokens(view, in, turn.absent, num_tokens, counts);
+    if (turn.absent.maybe != 0) count_mask(view, turn.absent, counts);
+    __syncthreads();
+    if (this_warp() != kClerk) announce_counts(view, in, turn, num_tokens, scratch.first);
 }
 
 }  // namespace ep

@@ -4,27 +4,30 @@
 // tokens each. Sends never wait.
 #pragma once
 
+#include "cuda/destinations.cuh"
 #include "cuda/lines.cuh"
 #include "cuda/quantise.cuh"
+#include "cuda/roles.cuh"
 #include "cuda/routes.cuh"
 
 namespace ep {
 
-// Shared memory: message, to the end of its last line | rows[E] | messages[R] | slots[R].
+// Shared memory: message, to the end of its last line | counts[R][words] | destinations.
 struct SendScratch {
     uint64_t* message;
     RouteCounts counts;
-    int32_t* slots;  // [R] where the current token goes; -1: not to this rank
+    Destinations* to;
 
     static EP_HD int bytes(const View& view) {
-        const int used = view.message_room() + 4 * (view.num_experts + 2 * view.num_ranks);
-        return static_cast<int>(round_up(used, 16));
+        const int words = RouteCounts::num_words(view);
+        return static_cast<int>(
+            round_up(view.message_room() + 4 * words + Destinations::bytes(view), 16));
     }
     static __device__ __forceinline__ SendScratch carve(uint8_t* smem, const View& view) {
         auto* words = reinterpret_cast<int32_t*>(smem + view.message_room());
         return {reinterpret_cast<uint64_t*>(smem),
-                {words, words + view.num_experts},
-                words + view.num_experts + view.num_ranks};
+                {words},
+                reinterpret_cast<Destinations*>(words + RouteCounts::num_words(view))};
     }
 };
 
@@ -38,50 +41,54 @@ __device__ __forceinline__ int valid_tokens(const View& view, const SendInput& i
     return in.num_valid == nullptr ? n : max(0, min(n, *in.num_valid));
 }
 
-// A pair of words of the counts message for one rank (csrc/ep/layout.h).
-__device__ __forceinline__ uint64_t counts_granule(const View& view, RouteCounts counts,
-                                                   uint32_t mask, int dst, int g) {
-    static_assert(CountsLayout::kMessages == 0 && CountsLayout::kMask == 1);
-    if (g == 0)
-        return (static_cast<uint64_t>(mask) << 32) | static_cast<uint32_t>(counts.messages[dst]);
-    const int x = 2 * g - 2;
-    const int32_t* rows = counts.rows + dst * view.local_experts;
-    const uint64_t lo = x < view.local_experts ? static_cast<uint32_t>(rows[x]) : 0;
-    const uint64_t hi = x + 1 < view.local_experts ? static_cast<uint32_t>(rows[x + 1]) : 0;
-    return lo | (hi << 32);
+// Out of line, since masks are rare: the digest that goes with the counts. All threads.
+__device__ __noinline__ inline void count_mask(const View& view, Absent absent,
+                                               RouteCounts counts) {
+    const uint32_t mask = absent.digest(view);
+#pragma unroll 1
+    for (int r = threadIdx.x; r < view.num_ranks; r += kThreads) {
+        counts.words[r * view.counts_words + CountsLayout::kMask] = static_cast<int32_t>(mask);
+    }
 }
 
-// CTA 0: to every rank, how many messages and how many rows per expert it will get.
+// All threads but the clerk's.
+__device__ __forceinline__ void push_counts(const View& view, const Turn& turn,
+                                            RouteCounts counts) {
+    const uint64_t epoch = turn.epoch;
+    const int64_t slot = view.counts_out + (epoch & 1) * view.num_ranks * view.counts_stride;
+    const int granules = view.counts_words / 2;
+    const auto* words = reinterpret_cast<const uint64_t*>(counts.words);
+    const int chunks = (view.counts_vectors + 31) / 32;
+#pragma unroll 1
+    for (int dst = 0, task = send_thread() / 32; task < view.num_ranks * chunks;
+         task += kSendThreads / 32) {
+        while (task >= (dst + 1) * chunks) ++dst;
+        const int v = (task - dst * chunks) * 32 + static_cast<int>(threadIdx.x & 31);
+        if (v >= view.counts_vectors || turn.absent.leaves_out(view, dst)) continue;
+        const int g = first_granule(v);
+        const uint64_t* from = words + dst * granules + g;
+        const uint64_t lo = g < granules ? from[0] : 0;
+        const uint64_t hi = holds_tag(v) ? epoch : (g + 1 < granules ? from[1] : 0);
+        ptx::store_line_vector(view.peer[dst] + slot + 16 * v, {lo, hi});
+    }
+}
+
+// CTA 0, all warps but the clerk, when all tokens are counted: to every rank, how many messages and
+// how many rows per expert it will get.
 __device__ __forceinline__ void announce_counts(const View& view, const SendInput& in,
                                                 const Turn& turn, int num_tokens,
                                                 SendScratch scratch) {
-    const uint64_t epoch = turn.epoch;
-    const uint32_t mask = turn.absent.digest(view);
-    count_tokens(view, in, turn.absent, num_tokens, scratch.counts);
-    __syncthreads();
-
-    const int64_t slot = view.counts_out + (epoch & 1) * view.num_ranks * view.counts_stride;
-#pragma unroll 1
-    for (int dst = 0, i = threadIdx.x; i < view.num_ranks * view.counts_vectors; i += kThreads) {
-        while (i >= (dst + 1) * view.counts_vectors) ++dst;
-        if (turn.absent.has(view, dst)) continue;
-        const int v = i - dst * view.counts_vectors;
-        const int g = first_granule(v);
-        const uint64_t lo = counts_granule(view, scratch.counts, mask, dst, g);
-        const uint64_t hi =
-            holds_tag(v) ? epoch : counts_granule(view, scratch.counts, mask, dst, g + 1);
-        ptx::store_line_vector(view.peer[dst] + slot + 16 * v, {lo, hi});
-    }
+    push_counts(view, turn, scratch.counts);
     // Padding rows went nowhere: combine must not look for them.
     const int padded = min(in.num_tokens, view.max_tokens) * view.num_ranks;
 #pragma unroll 1
-    for (int i = num_tokens * view.num_ranks + threadIdx.x; i < padded; i += kThreads) {
+    for (int i = num_tokens * view.num_ranks + send_thread(); i < padded; i += kSendThreads) {
         in.routing.sent[i] = -1;
     }
-    if (threadIdx.x == kThreads - 32) {  // the first warps have counts to pull next
+    if (threadIdx.x == kRouter * 32) {
         uint64_t messages = 0;
 #pragma unroll 1
-        for (int r = 0; r < view.num_ranks; ++r) messages += scratch.counts.messages[r];
+        for (int r = 0; r < view.num_ranks; ++r) messages += *scratch.counts.messages(view, r);
         add_statistic(view.stats->messages_sent, messages);
         add_statistic(view.stats->bytes_dispatched, messages * view.message_bytes);
     }
@@ -94,38 +101,65 @@ __device__ __forceinline__ void report_dropped(const View& view, const Choice& c
     record_routing(view, __popc(dropped), raw);
 }
 
-// One warp, entry k at lane k: the header, and the token's slot at every rank; then counts the
-// token.
-__device__ __forceinline__ void route_token(const View& view, const SendInput& in, Absent absent,
-                                            int token, int raw, float weight, SendScratch scratch) {
-    const int lane = threadIdx.x & 31;
-    const Choice c = check_choice(view, absent.reachable(view, raw), 0);
-    auto* bytes = reinterpret_cast<uint8_t*>(scratch.message);
-#pragma unroll 1
-    for (int r = lane; r < view.num_ranks; r += 32) scratch.slots[r] = -1;
-    if (lane < view.topk) {
-        int32_t position = 0;
-        if (c.expert >= 0) position = scratch.counts.rows[c.expert]++;
-        reinterpret_cast<Entry*>(bytes + view.entries_offset)[lane] = {c.expert, position, weight};
-    }
-    if (lane == 0) {
-        *reinterpret_cast<MessageHeader*>(bytes + view.header_offset) = {token, view.topk};
-    }
-    __syncwarp();
-    if (c.leads_message) scratch.slots[c.rank] = scratch.counts.messages[c.rank]++;
-    __syncwarp();
-    int32_t* sent = in.routing.sent + token * view.num_ranks;
-#pragma unroll 1
-    for (int r = lane; r < view.num_ranks; r += 32) sent[r] = scratch.slots[r];
-
-    report_dropped(view, c, raw);
-}
-
 // The weight of lane k's entry. Where weights come with the combine, k itself: combine finds them
 // so.
 __device__ __forceinline__ float entry_weight(const SendInput& in, int64_t entry) {
     const uint32_t k = threadIdx.x & 31;
     return in.weights == nullptr ? bits_to_float(k) : in.weights[entry];
+}
+
+// One warp: what a token chose, entry k at lane k. (Few entries lie in the other lanes as well,
+// until they are checked.)
+struct Route {
+    int raw;
+    float weight;
+    Choice choice;
+    uint8_t* inbox;  // at the rank whose turn the lane is; it does not depend on the token
+
+    __device__ __forceinline__ void load(const View& view, const SendInput& in, int token) {
+        const int lane = threadIdx.x & 31;
+        const int k = view.topk > kUsualTopk ? lane : lane & (kUsualTopk - 1);
+        const int64_t entry = static_cast<int64_t>(token) * view.topk + k;
+        raw = k < view.topk ? in.expert(entry) : -1;
+        weight = k < view.topk ? entry_weight(in, entry) : 0.0f;
+    }
+    __device__ __forceinline__ void check(const View& view, Absent absent) {
+        const int chosen = absent.reachable(view, raw);
+        choice = view.topk > kUsualTopk ? check_many(view, chosen, 0) : check_few(view, chosen);
+    }
+};
+
+// One warp: the token's header and entries, and its slot at every rank; then counts the token.
+__device__ __forceinline__ void route_token(const View& view, const SendInput& in, int token,
+                                            uint64_t epoch, const Route& route,
+                                            SendScratch scratch) {
+    const int lane = threadIdx.x & 31;
+    const Choice& c = route.choice;
+    auto* bytes = reinterpret_cast<uint8_t*>(scratch.message);
+    if (lane < view.topk) {
+        int32_t position = 0;
+        if (c.expert >= 0) position = (*scratch.counts.rows(view, c.expert, c.rank))++;
+        reinterpret_cast<Entry*>(bytes + view.entries_offset)[lane] = {c.expert, position,
+                                                                       route.weight};
+    }
+    if (lane == 0) {
+        *reinterpret_cast<MessageHeader*>(bytes + view.header_offset) = {token, view.topk};
+    }
+    const int turn = turn_of(view, c.rank);
+    int known = 0;
+#pragma unroll 1
+    for (int base = 0; base < view.num_ranks; base += 32) {
+        const bool here = c.expert >= 0 && turn >= base && turn < base + 32;
+        const unsigned going = __reduce_or_sync(kFullWarp, here ? 1u << (turn - base) : 0);
+        const bool goes = (going >> lane & 1) != 0;
+        const int rank = rank_at(view, min(base + lane, view.num_ranks - 1));
+        int slot = -1;
+        if (goes) slot = (*scratch.counts.messages(view, rank))++;
+        if (base + lane < view.num_ranks) in.routing.sent[token * view.num_ranks + rank] = slot;
+        uint8_t* const inbox = base == 0 ? route.inbox : inbox_at(view, base + lane, epoch);
+        known = scratch.to->add(known, goes, inbox + slot * int64_t{view.message_stride});
+    }
+    if (lane == 0) scratch.to->count = known;
 }
 
 // One warp: the scales of an opaque row.
@@ -138,91 +172,110 @@ __device__ __forceinline__ void stage_scales(const View& view, const SendInput& 
     }
 }
 
-// Stores vector v of the message in shared memory to its slot at every rank it goes to; the lanes
-// of a warp store whole lines. Pairs with the receivers' polls of the tags. Starts with the next
-// rank, so that ranks do not all write to the same one at once.
-__device__ __forceinline__ void push_vector(const View& view, SendScratch scratch, int v,
-                                            int64_t out, uint64_t epoch) {
-    const int g = first_granule(v);
-    const ptx::Vector vector{scratch.message[g], holds_tag(v) ? epoch : scratch.message[g + 1]};
-    int dst = view.rank;
+// Stores vectors v, v + step, ... of the message in shared memory to its slot at every rank it goes
+// to; the lanes of a warp store whole lines. Pairs with the receivers' polls of the tags.
+template <int U>
+__device__ __forceinline__ void push_vectors(const View& view, SendScratch scratch, int v, int step,
+                                             uint64_t epoch) {
+    ptx::Vector vector[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+        const int i = v + u * step;
+        if (i >= view.message_vectors) continue;
+        const int g = first_granule(i);
+        vector[u] = {scratch.message[g], holds_tag(i) ? epoch : scratch.message[g + 1]};
+    }
+    const int count = static_cast<int>(scratch.to->count);
 #pragma unroll 1
-    for (int j = 0; j < view.num_ranks; ++j) {
-        dst = dst + 1 < view.num_ranks ? dst + 1 : 0;
-        const int slot = scratch.slots[dst];
-        if (slot < 0) continue;
-        uint8_t* to = view.peer[dst] + out + static_cast<int64_t>(slot) * view.message_stride;
-        ptx::store_line_vector(to + 16 * v, vector);
+    for (int j = 0; j < count; ++j) {
+        uint8_t* const to = scratch.to->slot[j] + 16 * v;
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            if (v + u * step < view.message_vectors) {
+                ptx::store_line_vector(to + 16 * u * step, vector[u]);
+            }
+        }
     }
 }
 
-// The other CTAs: a stretch of consecutive tokens each, so that what earlier tokens chose is
-// counted once. The last warp routes: with most hidden sizes it has the least of the row.
+// What a CTA holds of its next token: a warp its part of the row, or the router what it chose.
+template <int kRowPairs>
+struct NextToken {
+    RowRegisters<kRowPairs> row;
+    Route route{};
+
+    __device__ __forceinline__ void load(const View& view, const SendInput& in, int token) {
+        const int warp = this_warp();
+        if (warp < kClerk) row.load(in.x + token * in.row_stride, view.input_vectors);
+        if (warp == kRouter) route.load(view, in, token);
+    }
+    // Into the message in shared memory.
+    template <bool kQuantise>
+    __device__ __forceinline__ void stage(const View& view, const SendInput& in, int token,
+                                          uint64_t epoch, SendScratch scratch) const {
+        auto* bytes = reinterpret_cast<uint8_t*>(scratch.message);
+        auto* scales = bytes + view.scales_offset;
+        if (this_warp() == kRouter) {
+            route_token(view, in, token, epoch, route, scratch);
+            if (kQuantise || view.num_scales == 0) return;
+            stage_scales(view, in, token, reinterpret_cast<uint32_t*>(scales));
+        } else if constexpr (kQuantise) {
+            row.stage_fp8(bytes + view.row_offset, reinterpret_cast<float*>(scales),
+                          view.input_vectors, in.round_scale);
+        } else {
+            row.stage(bytes + view.row_offset, view.input_vectors);
+        }
+    }
+};
+
+// The other CTAs, all warps but the clerk: tokens [first, last), of which `next` holds the first;
+// earlier ones are counted.
 template <bool kQuantise, int kRowPairs>
 __device__ __forceinline__ void push_tokens(const View& view, const SendInput& in, const Turn& turn,
-                                            int num_tokens, int stretch, SendScratch scratch) {
-    const int first = (static_cast<int>(blockIdx.x) - 1) * stretch;
-    const int last = min(num_tokens, first + stretch);
-    if (first >= last) return;
-    const uint64_t epoch = turn.epoch;
-
-    const int lane = threadIdx.x & 31;
-    const bool routes = threadIdx.x >= kStagingThreads;
-    const bool has_entry = routes && lane < view.topk;
-    RowRegisters<kRowPairs> row;
-    row.load(in.x + first * in.row_stride,
-             view.input_vectors);  // in flight while earlier tokens are counted
-    int64_t entry = static_cast<int64_t>(first) * view.topk + lane;
-    int raw = has_entry ? in.expert(entry) : -1;
-    float weight = has_entry ? entry_weight(in, entry) : 0.0f;
-
-    const int64_t out = view.dispatch_out + view.dispatch_at(epoch);
-
-    if (first > 0) {
-        count_tokens(view, in, turn.absent, first, scratch.counts);
-        __syncthreads();
-    }
+                                            int first, int last, NextToken<kRowPairs>& next,
+                                            SendScratch scratch) {
+    constexpr int U = 2;
+    const bool routes = this_warp() == kRouter;
 #pragma unroll 1
     for (int t = first; t < last; ++t) {
         const bool more = t + 1 < last;
-        auto* bytes = reinterpret_cast<uint8_t*>(scratch.message);
-        if (routes) {
-            route_token(view, in, turn.absent, t, raw, weight, scratch);
-            entry += view.topk;
-            if (more && has_entry) {
-                raw = in.expert(entry);
-                weight = entry_weight(in, entry);
-            }
-            if (!kQuantise && view.num_scales > 0) {
-                stage_scales(view, in, t, reinterpret_cast<uint32_t*>(bytes + view.scales_offset));
-            }
-        } else {
-            if (kQuantise) {
-                row.stage_fp8(bytes + view.row_offset,
-                              reinterpret_cast<float*>(bytes + view.scales_offset),
-                              view.input_vectors, in.round_scale);
-            } else {
-                row.stage(bytes + view.row_offset, view.input_vectors);
-            }
-            if (more) row.load(in.x + (t + 1) * in.row_stride, view.input_vectors);
-        }
-        __syncthreads();
+        if (t > first) sync_senders();  // the message buffer is free again
+        next.template stage<kQuantise>(view, in, t, turn.epoch, scratch);
+        const Route done = next.route;
+        if (more) next.load(view, in, t + 1);
+        sync_senders();
 #pragma unroll 1
-        for (int v = threadIdx.x; v < view.message_vectors; v += kThreads) {
-            push_vector(view, scratch, v, out, epoch);
+        for (int v = send_thread(); v < view.message_vectors; v += U * kSendThreads) {
+            push_vectors<U>(view, scratch, v, kSendThreads, turn.epoch);
         }
-        if (more) __syncthreads();  // the message buffer is free again
+        if (!routes) continue;
+        report_dropped(view, done.choice, done.raw);
+        if (more) next.route.check(view, turn.absent);
     }
 }
 
+// Each CTA but the first has a stretch of consecutive tokens, so that what earlier ones chose is
+// counted once. All warps count; then the clerk has counts to await.
 template <bool kQuantise, int kRowPairs>
 __device__ __forceinline__ void dispatch_send(const View& view, const SendInput& in, int stretch,
                                               const Turn& turn, SendScratch scratch) {
     const int num_tokens = valid_tokens(view, in);
-    if (blockIdx.x == 0) {
+    const bool announces = blockIdx.x == 0;
+    const int first = announces ? num_tokens : (static_cast<int>(blockIdx.x) - 1) * stretch;
+    const int last = min(num_tokens, first + stretch);
+    if (!announces && first >= last) return;
+    NextToken<kRowPairs> next;
+    if (!announces) next.load(view, in, first);  // in flight while earlier tokens are counted
+    next.route.inbox = inbox_at(view, static_cast<int>(threadIdx.x & 31), turn.epoch);
+    if (first > 0) count_tokens(view, in, turn.absent, first, scratch.counts);
+    if (announces && turn.absent.maybe != 0) count_mask(view, turn.absent, scratch.counts);
+    if (!announces && this_warp() == kRouter) next.route.check(view, turn.absent);
+    if (first > 0 || announces) __syncthreads();
+    if (this_warp() == kClerk) return;
+    if (announces) {
         announce_counts(view, in, turn, num_tokens, scratch);
     } else {
-        push_tokens<kQuantise, kRowPairs>(view, in, turn, num_tokens, stretch, scratch);
+        push_tokens<kQuantise, kRowPairs>(view, in, turn, first, last, next, scratch);
     }
 }
 

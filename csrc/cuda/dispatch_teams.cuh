@@ -12,9 +12,7 @@ namespace ep {
 inline constexpr int kPieceLoads = 4;  // vectors of a lane
 inline constexpr int kPieceVectors = 32 * kPieceLoads;
 inline constexpr int kPieceBytes = kPieceVectors / kVectorsPerLine * kLinePayload;
-inline constexpr int kHeadBytes = 32 / kVectorsPerLine * kLinePayload;
-static_assert(sizeof(MessageHeader) + kMaxTopk * sizeof(Entry) <= kHeadBytes);
-static_assert(kPieceBytes % 16 == 0 && kHeadBytes % 16 == 0);
+static_assert(kPieceBytes % 16 == 0);
 // So that a warp's stores begin at lines of the row wherever a piece begins.
 static_assert(kPieceBytes / 16 + kVectorsPerLine - 1 <= kPieceVectors);
 
@@ -47,19 +45,6 @@ struct Teams {
         return {warps, kWarps / warps};
     }
 };
-
-// Until all tags are there. One warp; false: gave up.
-template <class Look>
-__device__ __forceinline__ bool await_look(Watch& watch, Look& look, const uint8_t* from, int base,
-                                           int num_vectors, int source, uint64_t epoch) {
-#pragma unroll 1
-    while (true) {
-        const Missing missing = look.missing(from, base, num_vectors, source, epoch);
-        if (!__any_sync(kFullWarp, missing.waiting)) return true;
-        if (!wait_for_more(watch, missing)) return false;
-        look.load(from, base, num_vectors);
-    }
-}
 
 // The scales among the piece that begins `begin` bytes into the message, to every row. One warp.
 __device__ __forceinline__ void copy_piece_scales(const View& view, const RecvTarget& target,
@@ -116,13 +101,14 @@ __device__ __forceinline__ void copy_piece(const View& view, const RecvTarget& t
     }
 }
 
-// One warp of a team of `warps`: pieces `part`, `part + warps`, ... of a message. False: gave up.
+// Warp `part` of a team of `warps`: pieces `part`, `part + warps`, ... of a message. False: gave
+// up.
 __device__ __forceinline__ bool receive_message(const View& view, const RecvTarget& target,
-                                                Watch& watch, int source, int slot, uint64_t epoch,
+                                                Watch& watch, const InboxItem& item, uint64_t epoch,
                                                 int part, int warps, RecvScratch scratch,
                                                 WarpScratch own) {
-    const int num_vectors = view.message_vectors;
-    const uint8_t* from = slot_address(view, source, slot, epoch);
+    const int num_vectors = view.message_vectors, source = item.source;
+    const uint8_t* from = slot_address(view, source, item.slot, epoch);
     Look<1, 32> head;
     Look<kPieceLoads, 32> piece;
     int base = part * kPieceVectors;
@@ -131,8 +117,7 @@ __device__ __forceinline__ bool receive_message(const View& view, const RecvTarg
     if (!await_look(watch, head, from, 0, num_vectors, source, epoch)) return false;
     head.lay_out(0, num_vectors, own.head);
     __syncwarp();
-    const auto* bytes = reinterpret_cast<const uint8_t*>(own.head);
-    const Placed placed = place_message(view, target, source, slot, bytes, scratch);
+    const Placed placed = place_message(view, target, item, own.head, scratch);
 #pragma unroll 1
     while (base < num_vectors) {
         if (!await_look(watch, piece, from, base, num_vectors, source, epoch)) return false;
@@ -144,48 +129,64 @@ __device__ __forceinline__ bool receive_message(const View& view, const RecvTarg
         copy_piece(view, target, reinterpret_cast<const uint8_t*>(own.piece), begin, placed);
         __syncwarp();  // the piece's place is free again
     }
-    if (part == 0) note_rows(view, target, source, slot, bytes, placed);
+    if (part == 0) note_rows(view, target, item, own.head, placed);
     __syncwarp();  // and the head's
     return true;
 }
 
-// CTAs `first` and on: the rows. False in warps that gave up.
+// CTAs `first` and on, once all counts are known: the rows. False in warps that gave up.
 __device__ __forceinline__ bool receive_in_teams(const View& view, const RecvTarget& target,
                                                  const Turn& turn, RecvScratch scratch, int first) {
-    const bool ok = pull_counts(view, target, turn, scratch, [] {});
-    if (__syncthreads_or(!ok)) return false;
-    if (target.format == Format::kContiguous) place_experts(view, target, scratch);
-    int most = 0;
-#pragma unroll 1
-    for (int s = 0; s < view.num_ranks; ++s) most = max(most, scratch.messages[s]);
-
     const int ctas = static_cast<int>(gridDim.x) - first;
-    const int messages = most * view.num_ranks;
+    const int messages = most_messages(view, scratch) * view.num_ranks;
     const Teams plan = Teams::of(view, messages, ctas);
     const int team = this_warp() / plan.warps;
     const int part = this_warp() - team * plan.warps;
     const int step = plan.teams * ctas;
     const WarpScratch own = WarpScratch::of(scratch, this_warp());
     Watch watch{view, Op::kDispatch};
-    int item = team < plan.teams ? static_cast<int>(blockIdx.x) - first + team * ctas : messages;
+    int index = team < plan.teams ? static_cast<int>(blockIdx.x) - first + team * ctas : messages;
 #pragma unroll 1
-    for (; item < messages; item += step) {
-        const int slot = view.by_ranks(item);
-        const int source = item - slot * view.num_ranks;
-        if (slot >= scratch.messages[source]) continue;
-        if (!receive_message(view, target, watch, source, slot, turn.epoch, part, plan.warps,
-                             scratch, own)) {
+    for (; index < messages; index += step) {
+        const InboxItem item = InboxItem::of(view, index, 0);
+        if (item.slot >= scratch.announced[item.source]) continue;
+        if (!receive_message(view, target, watch, item, turn.epoch, part, plan.warps, scratch,
+                             own)) {
             return false;
         }
     }
     return true;
 }
 
+// The whole grid, behind prepare_recv. CTAs between the first and number `first_receiver` only
+// report.
 __device__ __forceinline__ void dispatch_recv_teams(const View& view, const RecvTarget& target,
                                                     const Turn& turn, RecvScratch scratch,
                                                     int first_receiver) {
-    dispatch_recv(view, target, turn, scratch, first_receiver,
-                  [&] { return receive_in_teams(view, target, turn, scratch, first_receiver); });
+    report_dispatch_reader(view, turn);
+    const bool keeps_books = blockIdx.x == 0;
+    const int receiver = static_cast<int>(blockIdx.x) - first_receiver;
+    if (!keeps_books && receiver < 0) return;
+    bool ok = true;
+    if (this_warp() != kRouter) {
+        ok = pull_counts<1>(view, turn, this_warp(), kRouter, scratch);
+    } else if (keeps_books) {
+        measure_waits(view, target, turn);
+    }
+    if (target.format == Format::kContiguous) {
+        __syncthreads();
+        if (this_warp() == kClerk) place_experts(view, target, scratch);
+    }
+    if (keeps_books) {
+        ok = keep_books(view, target, turn, scratch, ok);
+    } else {
+        ok = __syncthreads_or(!ok) == 0 &&
+             receive_in_teams(view, target, turn, scratch, first_receiver);
+    }
+    if (ok && target.format == Format::kCompact) {
+        clear_unused_rows(view, target, scratch, max(0, receiver + 1),
+                          static_cast<int>(gridDim.x) - first_receiver + 1);
+    }
 }
 
 }  // namespace ep

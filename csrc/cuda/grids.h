@@ -23,6 +23,18 @@ inline bool are_many(int64_t items, double to_a_cta, int ctas) {
     return ctas > 2 && static_cast<double>(items) >= to_a_cta * ctas;
 }
 
+// Few messages are received in parts, by a CTA each, while these are no more than the SMs; the
+// first part has all that is not row. Returns the logarithm of their number.
+inline constexpr int kMostPartBits = 1;
+inline int part_bits(const View& view, int64_t messages, int64_t sms) {
+    int bits = kMostPartBits;
+    while (bits > 0 &&
+           ((messages << bits) > sms || view.row_offset > view.part_lines(bits) * kLinePayload)) {
+        --bits;
+    }
+    return bits;
+}
+
 // Tokens of each CTA that sends.
 inline int stretch_of(int num_tokens, int ctas) {
     return static_cast<int>(std::max<int64_t>(1, ceil_div(num_tokens, ctas)));
@@ -30,9 +42,17 @@ inline int stretch_of(int num_tokens, int ctas) {
 
 // Combine: CTAs that share the work of so many warps. Little work is spread over many SMs: one SM
 // alone would be a narrow door.
-inline constexpr int64_t kSpread = 64;
+inline constexpr int64_t kSpread = 24;
 inline int64_t ctas_for(int64_t warps) {
     return std::max<int64_t>({1, ceil_div(warps, kCombineThreads / 32), std::min(warps, kSpread)});
+}
+
+// Two warps share a unit where all halves, sent and received, find a warp at once; of the warps
+// there is room for, they may be so many times as many. Other values are for measurements.
+inline constexpr double kFewUnits = 0.25;
+inline bool are_few(int64_t units, int resident_ctas) {
+    const int64_t warps = int64_t{resident_ctas} * (kCombineThreads / 32);
+    return static_cast<double>(2 * units) <= kFewUnits * static_cast<double>(warps);
 }
 
 // CTAs that send and that receive. Where not all fit, each side gets its part: to receive a token's

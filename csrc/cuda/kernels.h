@@ -21,12 +21,14 @@ struct DispatchSendArgs {
 };
 struct DispatchRecvArgs {
     RecvTarget target;
+    int32_t part_bits;  // a CTA receives one of 2^part_bits parts of a message at a time
     View view;
 };
 struct DispatchFusedArgs {
     SendInput in;
     int32_t stretch;
     int32_t first_receiver;  // CTA of the kernel for many tokens; those before it only send
+    int32_t part_bits;  // of the other kernel, as above
     RecvTarget target;
     View view;
 };
@@ -71,6 +73,8 @@ struct CombineKernels {
 // Compiled for what sums travel as.
 CombineKernels bf16_combine_kernels(bool late_weights);
 CombineKernels fp8_combine_kernels(bool late_weights);
+// For few units of BF16 whose weights came with the dispatch: two warps to each.
+CombineKernels few_combine_kernels();
 
 // Bytes of dynamic shared memory of the halves of dispatch. The fused kernel has both, the send's
 // first.

@@ -17,18 +17,12 @@ __device__ __forceinline__ int first_granule(int vector) {
 // rest again.
 inline constexpr unsigned kFewCtas = 48;
 
-// After a look that found something missing. Whole warps; false: gave up.
-__device__ __forceinline__ bool wait_for_more(Watch& watch, const Missing& missing) {
-    if (gridDim.x <= kFewCtas) return !watch.give_up(missing);
-    const int leader = __ffs(__ballot_sync(kFullWarp, missing.waiting)) - 1;
-    const bool leads = static_cast<int>(threadIdx.x & 31) == leader;
-    Missing one = missing;
-    one.waiting = leads;
-    while (true) {
-        if (leads) one.seen = ptx::load_line_vector(one.at).hi;
-        if (__any_sync(kFullWarp, leads && one.seen == one.expected)) return true;
-        if (watch.give_up(one)) return false;
-    }
+// After a look that found something missing, which `tell` describes. `few`: so few look that they
+// may look at everything again. Whole warps; false: gave up.
+template <class Tell>
+__device__ __forceinline__ bool wait_for_more(Watch& watch, Tell tell,
+                                              bool few = gridDim.x <= kFewCtas) {
+    return few ? !watch.give_up(tell) : watch.await_one(tell());
 }
 
 // Loads U vectors a lane until every tag among them is `tag`. A null pointer asks for nothing.
@@ -42,18 +36,39 @@ __device__ __forceinline__ bool await_vectors(Watch& watch, const uint8_t* const
         for (int u = 0; u < U; ++u) {
             if (from[u] != nullptr) v[u] = ptx::load_line_vector(from[u]);
         }
-        Missing missing{false, -1, tag, 0, nullptr};
+        const auto lacks = [&](int u) { return tag_lane && from[u] != nullptr && v[u].hi != tag; };
+        bool waiting = false;
 #pragma unroll
-        for (int u = 0; u < U; ++u) {
-            if (tag_lane && from[u] != nullptr && v[u].hi != tag) {
-                missing.waiting = true;
-                missing.peer = peers[u];
-                missing.seen = v[u].hi;
-                missing.at = from[u];
+        for (int u = 0; u < U; ++u) waiting |= lacks(u);
+        if (!__any_sync(kFullWarp, waiting)) return true;
+        const auto tell = [&] {
+            Missing missing{waiting, -1, tag, 0, nullptr};
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                if (lacks(u)) missing.note(peers[u], v[u].hi, from[u]);
             }
+            return missing;
+        };
+        if (!wait_for_more(watch, tell)) return false;
+    }
+}
+
+// A warp: waits for vectors with tags, one a lane, each of another rank, until their tags are
+// `epoch`; nullptr: for none.
+// Returns in each lane when its own came, after `start`. False: gave up.
+__device__ __forceinline__ bool await_tags(Watch& watch, const uint8_t* from, int peer,
+                                           uint64_t epoch, uint64_t start, ptx::Vector& line,
+                                           uint64_t& waited) {
+    Missing missing{from != nullptr, peer, epoch, 0, from};
+    while (true) {
+        if (missing.waiting) {
+            line = ptx::load_line_vector(from);
+            missing.seen = line.hi;
+            missing.waiting = line.hi != epoch;
+            waited = ptx::global_timer_ns() - start;
         }
         if (!__any_sync(kFullWarp, missing.waiting)) return true;
-        if (!wait_for_more(watch, missing)) return false;
+        if (watch.give_up([&] { return missing; })) return false;
     }
 }
 

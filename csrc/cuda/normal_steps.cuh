@@ -29,7 +29,7 @@ __device__ __forceinline__ bool await_words(Watch& watch, const uint64_t* word, 
         const Missing missing{seen != epoch, peer, epoch, seen,
                               reinterpret_cast<const uint8_t*>(word)};
         if (!__any_sync(kFullWarp, missing.waiting)) break;
-        if (watch.give_up(missing)) return false;
+        if (watch.give_up([&] { return missing; })) return false;
     }
     __syncwarp();  // the other lanes see what each has acquired
     return true;

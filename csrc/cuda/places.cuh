@@ -1,7 +1,7 @@
 // Where a message's rows go here, and the note of it that combine follows.
 #pragma once
 
-#include "cuda/counts.cuh"
+#include "cuda/inbox.cuh"
 #include "ep/fp8.h"
 
 namespace ep {
@@ -13,7 +13,8 @@ __device__ __forceinline__ int place_entry(const View& view, const RecvTarget& t
     const int local_experts = view.local_experts;
     const int x = entry.expert - view.rank * local_experts;
     if (x < 0 || x >= local_experts) return -1;
-    const int32_t announced = scratch.rows[source * view.local_experts + x];
+    const int byte = RecvScratch::byte_of(CountsLayout::kRows + x);
+    const int32_t announced = scratch.count(view, source, byte);
     if (static_cast<uint32_t>(entry.position) >= static_cast<uint32_t>(announced)) {
         // A damaged heap: the row would lie beyond the source's own.
         fail(view, FaultCode::kCount, Op::kDispatch, source, announced, entry.position);
@@ -21,7 +22,7 @@ __device__ __forceinline__ int place_entry(const View& view, const RecvTarget& t
     }
     int row = entry.position;
 #pragma unroll 1
-    for (int s = 0; s < source; ++s) row += scratch.rows[s * local_experts + x];
+    for (int s = 0; s < source; ++s) row += scratch.count(view, s, byte);
     row += target.format == Format::kBatched ? x * view.max_messages : scratch.first_row[x];
     return row;
 }
@@ -54,30 +55,32 @@ struct Placed {
     int first_scale;
 };
 
-// Whole warps. `message`: in shared memory, at least its header and entries.
+// Whole warps. `head`: of the message, in shared memory.
 __device__ __forceinline__ Placed place_message(const View& view, const RecvTarget& target,
-                                                int source, int slot, const uint8_t* message,
+                                                const InboxItem& item, const uint64_t* head,
                                                 RecvScratch scratch) {
-    const auto* entries = reinterpret_cast<const Entry*>(message + view.entries_offset);
+    const auto* bytes = reinterpret_cast<const uint8_t*>(head);
+    const auto* entries = reinterpret_cast<const Entry*>(bytes + view.entries_offset);
     const int lane = threadIdx.x & 31;
     const bool compact = target.format == Format::kCompact;
     const Entry entry = lane < view.topk ? entries[lane] : Entry{-1, 0, 0.0f};
     int row = -1;
     if (compact) {
-        if (lane == 0) row = messages_before(source, scratch) + slot;
+        if (lane == 0) row = messages_before(item.source, scratch) + item.slot;
     } else {
-        row = place_entry(view, target, source, entry, scratch);
+        row = place_entry(view, target, item.source, entry, scratch);
     }
     const int x = compact ? 0 : entry.expert - view.rank * view.local_experts;
     return {entry, row, __ballot_sync(kFullWarp, row >= 0), first_scale(view, target, row, x)};
 }
 
 // One warp: what combine needs to find the rows of a message again.
-__device__ inline void note_rows(const View& view, const RecvTarget& target, int source, int slot,
-                                 const uint8_t* message, const Placed& placed) {
+__device__ inline void note_rows(const View& view, const RecvTarget& target, const InboxItem& item,
+                                 const uint64_t* head, const Placed& placed) {
     const Entry entry = placed.entry;
     const int row = placed.row;
-    const int token = reinterpret_cast<const MessageHeader*>(message + view.header_offset)->token;
+    const auto* bytes = reinterpret_cast<const uint8_t*>(head);
+    const int token = reinterpret_cast<const MessageHeader*>(bytes + view.header_offset)->token;
     const int topk = view.topk;
     const int lane = threadIdx.x & 31;
     if (target.format == Format::kCompact && lane < topk) {
@@ -90,7 +93,7 @@ __device__ inline void note_rows(const View& view, const RecvTarget& target, int
         target.topk_weights[at] = mine ? entry.weight : 0.0f;
     }
     __syncwarp();
-    const int at_inbox = source * view.max_tokens + slot;
+    const int at_inbox = item.source * view.max_tokens + item.slot;
     RowRef* refs = target.routing.refs + static_cast<int64_t>(at_inbox) * topk;
     const int index = __popc(placed.has_row & ((1u << lane) - 1));
     const float weight = target.format == Format::kCompact ? 1.0f : entry.weight;

@@ -28,6 +28,14 @@ __device__ __forceinline__ Vector load_line_vector(const void* p) {
     return v;
 }
 
+// A load that stays where it is written: an ordinary one the assembler moves behind a branch, to
+// where its value is used.
+__device__ __forceinline__ Vector load_vector_now(const void* p) {
+    Vector v;
+    asm volatile("ld.relaxed.cta.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.lo), "=l"(v.hi) : "l"(p));
+    return v;
+}
+
 // Words of 8 bytes that carry their own tag, which no access tears; and abort words, which are
 // advisory. Nothing else is inferred from either, so order does not matter.
 __device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* p) {
@@ -231,6 +239,18 @@ __device__ __forceinline__ void arrive_with(uint64_t value) {
 template <int kThreads>
 __device__ __forceinline__ void await_arrivals() {
     asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
+// Barrier `kId` of the CTA (0 is __syncthreads, 1 is above), for `kCount` of its threads in whole
+// warps.
+template <int kId, int kCount>
+__device__ __forceinline__ void sync_some() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kCount) : "memory");
+}
+// For those who do not wait there: what they wrote is there for those who do.
+template <int kId, int kCount>
+__device__ __forceinline__ void arrive_some() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kCount) : "memory");
 }
 
 // Programmatic dependent launch; both are no-ops in a kernel launched without it.

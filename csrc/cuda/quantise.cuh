@@ -86,13 +86,13 @@ __device__ __forceinline__ void stage_fp8(uint8_t* to, float* scales, int i, con
     if ((i & 15) == 0) scales[i / 16] = scale.scale;
 }
 
-// A row in registers: pair j * kStagingThreads + thread. Whole warps.
+// A row in registers: pair j * kRowThreads + thread. Whole warps.
 template <int kRowPairs>
 struct RowRegisters {
     Pair pair[kRowPairs];
 
     static __device__ __forceinline__ int first_vector(int j) {
-        return 2 * (j * kStagingThreads + static_cast<int>(threadIdx.x));
+        return 2 * (j * kRowThreads + static_cast<int>(threadIdx.x));
     }
     __device__ __forceinline__ void load(const uint8_t* row, int num_vectors) {
 #pragma unroll

@@ -8,18 +8,31 @@ namespace ep {
 inline constexpr int kFewTokens = 128;  // counting them by lanes would leave most warps idle
 inline constexpr int kUsualTopk = 8;  // and fewer: the straight path
 
-// Counts over a prefix of this rank's tokens, in shared memory.
+// Counts over a prefix of this rank's tokens, in shared memory: for every rank the words that it is
+// told (CountsLayout).
 struct RouteCounts {
-    int32_t* rows;      // [E] tokens that chose the expert
-    int32_t* messages;  // [R] tokens that go to the rank
+    int32_t* words;  // [R][counts_words]
+
+    static EP_HD int num_words(const View& view) { return view.num_ranks * view.counts_words; }
+    // Tokens that go to the rank.
+    template <class AnyView>
+    __device__ __forceinline__ int32_t* messages(const AnyView& view, int rank) const {
+        return words + rank * view.counts_words + CountsLayout::kMessages;
+    }
+    // Tokens that chose the expert, which is the rank's.
+    template <class AnyView>
+    __device__ __forceinline__ int32_t* rows(const AnyView& view, int expert, int rank) const {
+        return words + CountsLayout::kRows + expert + rank * view.counts_gap;
+    }
 };
 
 // One entry of a token, held by one lane.
 struct Choice {
-    int expert;          // valid entries: 0 <= expert < E; else -1
-    int rank;            // its owner
-    bool dropped;        // out of range, or the token's second mention of the expert
-    bool leads_message;  // first of the token's entries that goes to its rank
+    int expert;  // valid entries: 0 <= expert < E; else -1
+    int rank;  // its owner
+    bool dropped;  // out of range, or the token's second mention of the expert
+    bool leads_message =
+        false;  // first of its entries that goes to the rank; check_few says it of none
 };
 
 // What an entry (k of its token) learns from an earlier one of the same token. Both facts about an
@@ -70,19 +83,55 @@ __device__ __forceinline__ Choice check_choice(const View& view, int raw, int fi
     return check.choice();
 }
 
+// One token of few entries, for a warp that has nothing else to do: lanes k, k + 8, k + 16 and
+// k + 24 all hold raw entry k. Each compares it with two earlier ones, so that every pair is
+// compared at once. The first lane of an entry learns of it, the others get none.
+__device__ __forceinline__ Choice check_few(const View& view, int raw) {
+    static_assert(kUsualTopk == 8);
+    const int lane = threadIdx.x & 31;
+    const int k = lane & 7;
+    bool repeats = false;
+#pragma unroll
+    for (int before = 1; before < kUsualTopk; before += 4) {
+        const int j = k - (lane >> 3) - before;
+        const int other = __shfl_sync(kFullWarp, raw, j & 31);
+        repeats |= j >= 0 && other == raw;
+    }
+    unsigned repeated = __ballot_sync(kFullWarp, repeats);
+    repeated |= repeated >> 16;
+    repeated |= repeated >> 8;
+    const bool mine = lane < view.topk;
+    const bool in_range = raw >= 0 && raw < view.num_experts;
+    const bool valid = mine && in_range && (repeated >> k & 1) == 0;
+    return {valid ? raw : -1, view.owner_of(in_range ? raw : 0), mine && raw != -1 && !valid};
+}
+
 // All threads.
 __device__ __forceinline__ void clear_counts(const View& view, RouteCounts counts) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < view.num_experts; i += kThreads) counts.rows[i] = 0;
-#pragma unroll 1
-    for (int r = threadIdx.x; r < view.num_ranks; r += kThreads) counts.messages[r] = 0;
+    for (int i = threadIdx.x; i < RouteCounts::num_words(view); i += kThreads) counts.words[i] = 0;
 }
 
-// One lane a token, where no rank is left out and choices are few. (Sums of integers: the order of
-// the atomics does not show.)
+// What counting needs of a view, by value: out of line a view lies behind a pointer, and everything
+// of it would be loaded anew after each atomic.
+struct CountingView {
+    int32_t topk;
+    int32_t num_experts;
+    int32_t counts_words;
+    int32_t counts_gap;
+    FastDiv by_local_experts;
+
+    static __device__ __forceinline__ CountingView of(const View& view) {
+        return {view.topk, view.num_experts, view.counts_words, view.counts_gap,
+                view.by_local_experts};
+    }
+};
+
+// One lane a token, where no rank is left out and choices are few; out of line, since it is long.
+// (Sums of integers: the order of the atomics does not show.)
 template <class Index>
-__device__ __forceinline__ void count_by_lanes(const View& view, const Index* topk_idx, int end,
-                                               RouteCounts counts) {
+__device__ __noinline__ inline void count_by_lanes(CountingView view, const Index* topk_idx,
+                                                   int end, RouteCounts counts) {
     const int topk = view.topk;
 #pragma unroll 1
     for (int t = threadIdx.x; t < end; t += kThreads) {
@@ -96,15 +145,15 @@ __device__ __forceinline__ void count_by_lanes(const View& view, const Index* to
         for (int k = 0; k < kUsualTopk; ++k) {
             const bool in_range = index[k] >= 0 && index[k] < view.num_experts;
             raw[k] = in_range ? static_cast<int>(index[k]) : -1;
-            rank[k] = in_range ? view.owner_of(raw[k]) : -1;
+            rank[k] = in_range ? view.by_local_experts(raw[k]) : -1;
             bool repeated = false, follows = false;
 #pragma unroll
             for (int j = 0; j < k; ++j) {
                 repeated |= raw[j] == raw[k];
                 follows |= rank[j] == rank[k];
             }
-            ptx::count_if(in_range && !repeated, counts.rows + raw[k]);
-            ptx::count_if(in_range && !follows, counts.messages + rank[k]);
+            ptx::count_if(in_range && !repeated, counts.rows(view, raw[k], rank[k]));
+            ptx::count_if(in_range && !follows, counts.messages(view, rank[k]));
         }
     }
 }
@@ -120,20 +169,47 @@ __device__ __forceinline__ void count_by_warps(const View& view, const SendInput
         const bool active = group < group_tokens && t + group < end;
         const int raw = active ? in.expert(static_cast<int64_t>(t) * view.topk + lane) : -1;
         const Choice c = check_choice(view, absent.reachable(view, raw), group * view.topk);
-        if (c.expert >= 0) atomicAdd(&counts.rows[c.expert], 1);
-        if (c.leads_message) atomicAdd(&counts.messages[c.rank], 1);
+        if (c.expert >= 0) atomicAdd(counts.rows(view, c.expert, c.rank), 1);
+        if (c.leads_message) atomicAdd(counts.messages(view, c.rank), 1);
+    }
+}
+
+// One warp, of a checked token: does any of its entries go to rank `base` + lane?
+__device__ __forceinline__ bool goes_to(const Choice& c, int base) {
+    const bool here = c.expert >= 0 && c.rank >= base && c.rank < base + 32;
+    const unsigned going = __reduce_or_sync(kFullWarp, here ? 1u << (c.rank - base) : 0);
+    return (going >> (threadIdx.x & 31) & 1) != 0;
+}
+
+// One warp a token.
+__device__ __forceinline__ void count_one_each(const View& view, const SendInput& in, Absent absent,
+                                               int end, RouteCounts counts) {
+    const int t = static_cast<int>(threadIdx.x / 32);
+    const int lane = threadIdx.x & 31;
+    const int k = lane & (kUsualTopk - 1);
+    if (t >= end) return;
+    const int raw = k < view.topk ? in.expert(static_cast<int64_t>(t) * view.topk + k) : -1;
+    const Choice c = check_few(view, absent.reachable(view, raw));
+    if (c.expert >= 0) atomicAdd(counts.rows(view, c.expert, c.rank), 1);
+#pragma unroll 1
+    for (int base = 0; base < view.num_ranks; base += 32) {
+        if (goes_to(c, base)) atomicAdd(counts.messages(view, base + lane), 1);
     }
 }
 
 // Adds tokens [0, end) to cleared counts; all warps of the CTA, the caller synchronises.
 __device__ __forceinline__ void count_tokens(const View& view, const SendInput& in, Absent absent,
                                              int end, RouteCounts counts) {
-    if (end <= kFewTokens || view.topk > kUsualTopk || absent.maybe != 0) {
+    if (end <= kThreads / 32 && view.topk <= kUsualTopk) {
+        count_one_each(view, in, absent, end, counts);
+    } else if (end <= kFewTokens || view.topk > kUsualTopk || absent.maybe != 0) {
         count_by_warps(view, in, absent, end, counts);
     } else if (in.idx_bytes == 4) {
-        count_by_lanes(view, static_cast<const int32_t*>(in.topk_idx), end, counts);
+        count_by_lanes(CountingView::of(view), static_cast<const int32_t*>(in.topk_idx), end,
+                       counts);
     } else {
-        count_by_lanes(view, static_cast<const int64_t*>(in.topk_idx), end, counts);
+        count_by_lanes(CountingView::of(view), static_cast<const int64_t*>(in.topk_idx), end,
+                       counts);
     }
 }
 

@@ -1,4 +1,5 @@
-// Units of a row on their way (csrc/ep/layout.h): one warp stores one, and one warp loads it.
+// Units of a row on their way (csrc/ep/layout.h): one warp stores one, and one warp loads it. Where
+// there are few, two warps do, half each; on the way units are the same, so either side may choose.
 //
 // Vector j of lane i is vector i % 8 of line 4 * j + i / 8. The first lines hold data; lane 7 of
 // each has the tag where its last granule would be, and these granules travel in the line behind
@@ -21,6 +22,17 @@ struct Share {
     // Of this warp, in CTA `index` of the `ctas` that share the work.
     static __device__ __forceinline__ Share of(int index, int ctas) {
         return {index + warp_id() * ctas, ctas * (kCombineThreads / 32)};
+    }
+    // The units whose parts these items are. A warp's parts are all the same one: its step is a
+    // multiple of the parts.
+    template <int kParts>
+    __device__ __forceinline__ Share units() const {
+        static_assert(kCombineThreads / 32 % kParts == 0);
+        return {first / kParts, step / kParts};
+    }
+    template <int kParts>
+    __device__ __forceinline__ int part() const {
+        return first & (kParts - 1);
     }
 };
 
@@ -47,6 +59,9 @@ struct RowUnit {
     static __device__ __forceinline__ bool holds(int vector, int data_lines) {
         return line_of(vector) < data_lines || is_last_line(vector);
     }
+    static __device__ __forceinline__ bool sends(int vector, int data_lines) {
+        return holds(vector, data_lines);
+    }
 
     // From the row's bytes (zero in the last line) and the scale of each vector's line.
     __device__ __forceinline__ void pack(const uint32_t (&scale)[kVectors], uint64_t epoch) {
@@ -71,20 +86,6 @@ struct RowUnit {
     __device__ __forceinline__ uint32_t scale_of(int vector) const {
         return __shfl_sync(kFullWarp, static_cast<uint32_t>(v[1].hi), 24 + (line_of(vector) & 7));
     }
-    __device__ __forceinline__ void store(uint8_t* to, int data_lines) const {
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-            if (holds(j, data_lines)) ptx::store_line_vector(to + byte_of(j, data_lines), v[j]);
-        }
-    }
-    // Lines that the unit lacks look as if they were there.
-    __device__ __forceinline__ void look(const uint8_t* from, int data_lines, uint64_t epoch) {
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-            v[j] = {0, epoch};
-            if (holds(j, data_lines)) v[j] = ptx::load_line_vector(from + byte_of(j, data_lines));
-        }
-    }
 };
 
 // A unit of a combined row: four vectors a lane, the fourth with two lines of data. The line behind
@@ -92,7 +93,13 @@ struct RowUnit {
 // two vectors in `lo`, those of the others in `hi`.
 struct SumUnit {
     static constexpr int kVectors = 4;
+    static constexpr int kParts = 1;
+    static constexpr int kRowsAtOnce = 2;  // in flight: for more there are no registers
     ptx::Vector v[kVectors];
+
+    // What it is of a row: lines of data.
+    using Extent = int;
+    static __device__ __forceinline__ Extent extent(int data_lines, int) { return data_lines; }
 
     static __device__ __forceinline__ bool is_last_line(int vector) {
         return vector == 3 && (lane_id() >> 3) == 2;
@@ -100,6 +107,11 @@ struct SumUnit {
     static __device__ __forceinline__ bool has_data(int vector, int data_lines) {
         return line_of(vector) < data_lines;
     }
+    // Which vectors are added up, and where among the unit's bytes of a row they lie.
+    static __device__ __forceinline__ bool adds(int vector, int data_lines) {
+        return has_data(vector, data_lines);
+    }
+    static __device__ __forceinline__ int row_byte(int vector, int) { return unit_byte(vector); }
     // Where a vector lies in the message; the last line follows the data at once.
     static __device__ __forceinline__ int byte_of(int vector, int data_lines) {
         if (!is_last_line(vector)) return unit_byte(vector);
@@ -107,6 +119,9 @@ struct SumUnit {
     }
     static __device__ __forceinline__ bool holds(int vector, int data_lines) {
         return has_data(vector, data_lines) || is_last_line(vector);
+    }
+    static __device__ __forceinline__ bool sends(int vector, int data_lines) {
+        return holds(vector, data_lines);
     }
 
     __device__ __forceinline__ void pack(uint64_t epoch) {
@@ -121,7 +136,7 @@ struct SumUnit {
             if (holds_tag(lane_id())) v[j].hi = epoch;
         }
     }
-    __device__ __forceinline__ void unpack() {
+    __device__ __forceinline__ void unpack(int) {
         const int from = 16 + (lane_id() >> 3);
         const uint64_t hi0 = __shfl_sync(kFullWarp, v[3].lo, from);
         const uint64_t hi1 = __shfl_sync(kFullWarp, v[3].lo, from + 4);
@@ -133,42 +148,120 @@ struct SumUnit {
         v[2].hi = hi2;
         if (!is_last_line(3)) v[3].hi = hi3;
     }
-    // Lines that the unit lacks look as if they were there.
-    __device__ __forceinline__ void look(const uint8_t* from, int data_lines, uint64_t epoch) {
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-            v[j] = {0, epoch};
-            if (holds(j, data_lines)) {
-                v[j] = ptx::load_line_vector(from + byte_of(j, data_lines));
-            }
-        }
-    }
-    __device__ __forceinline__ void store(uint8_t* to, int data_lines) const {
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-            if (holds(j, data_lines)) {
-                ptx::store_line_vector(to + byte_of(j, data_lines), v[j]);
-            }
-        }
-    }
 };
 
-// Waits for a unit of a row or of a sum. Whole warps; false: gave up.
-template <class Unit>
-__device__ __forceinline__ bool await_unit(Watch& watch, const uint8_t* from, int peer, int lines,
-                                           uint64_t epoch, Unit& unit) {
-    while (true) {
-        unit.look(from, lines, epoch);
-        Missing missing{false, peer, epoch, 0, nullptr};
+// Half a unit of a combined row, for one of two warps: its first seven lines of data or the others,
+// two vectors a lane. Lanes 24 to 31 of the second vector have no such line. In a row they take the
+// last vectors of the unit's first eight lines, whichever the half: so the second half's warp adds
+// up every granule that a tag displaces and sends the line of them, and the two need not meet. In
+// a message they take that line.
+struct HalfUnit {
+    static constexpr int kVectors = 2;
+    static constexpr int kParts = 2;
+    static constexpr int kRowsAtOnce = 8;
+    ptx::Vector v[kVectors];
+
+    struct Extent {
+        int first;  // line
+        int data_lines;  // of the unit
+        __device__ __forceinline__ int line(int vector) const { return first + line_of(vector); }
+    };
+    static __device__ __forceinline__ Extent extent(int data_lines, int half) {
+        return {half * kLines, data_lines};
+    }
+
+    static __device__ __forceinline__ bool is_last_line(int vector) {
+        return vector == 1 && lane_id() >= 24;
+    }
+    static __device__ __forceinline__ bool has_data(int vector, Extent e) {
+        return !is_last_line(vector) && e.line(vector) < e.data_lines;
+    }
+    static __device__ __forceinline__ bool adds(int vector, Extent e) {
+        return (is_last_line(vector) ? lane_id() & 7 : e.line(vector)) < e.data_lines;
+    }
+    static __device__ __forceinline__ int row_byte(int vector, Extent e) {
+        if (!is_last_line(vector)) return e.first * kLineBytes + unit_byte(vector);
+        return (lane_id() & 7) * kLineBytes + kLastVector;
+    }
+    static __device__ __forceinline__ int byte_of(int vector, Extent e) {
+        if (!is_last_line(vector)) return e.first * kLineBytes + unit_byte(vector);
+        return e.data_lines * kLineBytes + 16 * (lane_id() & 7);
+    }
+    static __device__ __forceinline__ bool holds(int vector, Extent e) {
+        return has_data(vector, e) || is_last_line(vector);
+    }
+    static __device__ __forceinline__ bool sends(int vector, Extent e) {
+        return has_data(vector, e) || (is_last_line(vector) && e.first != 0);
+    }
+
+    // Lane i of the last line carries the granules of lines i, which it has, and 8 + i.
+    __device__ __forceinline__ void pack(uint64_t epoch) {
+        const int from = 8 * ((lane_id() + 1) & 3) + 7;
+        const uint64_t hi0 = __shfl_sync(kFullWarp, v[0].hi, from);
+        const uint64_t hi1 = __shfl_sync(kFullWarp, v[1].hi, from);
+        if (is_last_line(1)) v[1] = {v[1].hi, (lane_id() & 7) < 3 ? hi0 : hi1};
+        if (holds_tag(lane_id())) v[0].hi = v[1].hi = epoch;
+    }
+    __device__ __forceinline__ void unpack(Extent e) {
+        uint64_t hi[kVectors];
 #pragma unroll
-        for (int j = 0; j < Unit::kVectors; ++j) {
-            if (!holds_tag(lane_id()) || unit.v[j].hi == epoch) continue;
-            missing.waiting = true;
-            missing.seen = unit.v[j].hi;
-            missing.at = from + Unit::byte_of(j, lines);
+        for (int j = 0; j < kVectors; ++j) {
+            const int line = e.line(j);
+            const uint64_t low = __shfl_sync(kFullWarp, v[1].lo, 24 + (line & 7));
+            const uint64_t high = __shfl_sync(kFullWarp, v[1].hi, 24 + (line & 7));
+            hi[j] = line < 8 ? low : high;
         }
-        if (!__any_sync(kFullWarp, missing.waiting)) return true;
-        if (!wait_for_more(watch, missing)) return false;
+        if (!holds_tag(lane_id())) return;
+        v[0].hi = hi[0];
+        if (!is_last_line(1)) v[1].hi = hi[1];
+    }
+
+  private:
+    static constexpr int kLines = kSumDataLines / kParts;
+    static constexpr int kLastVector = kLineBytes - 16;
+};
+
+// What a warp has of a unit, on its way.
+template <class Unit, class Extent>
+__device__ __forceinline__ void store_unit(const Unit& unit, uint8_t* to, Extent extent) {
+#pragma unroll
+    for (int j = 0; j < Unit::kVectors; ++j) {
+        if (!Unit::sends(j, extent)) continue;
+        ptx::store_line_vector(to + Unit::byte_of(j, extent), unit.v[j]);
+    }
+}
+// Lines that the unit lacks look as if they were there.
+template <class Unit, class Extent>
+__device__ __forceinline__ void look(const uint8_t* from, Extent extent, uint64_t epoch,
+                                     Unit& unit) {
+#pragma unroll
+    for (int j = 0; j < Unit::kVectors; ++j) {
+        unit.v[j] = {0, epoch};
+        if (!Unit::holds(j, extent)) continue;
+        unit.v[j] = ptx::load_line_vector(from + Unit::byte_of(j, extent));
+    }
+}
+
+// Waits for a unit of a row or of a sum. Whole warps; false: gave up.
+template <class Unit, class Extent>
+__device__ __forceinline__ bool await_unit(Watch& watch, const uint8_t* from, int peer,
+                                           Extent extent, uint64_t epoch, Unit& unit) {
+    while (true) {
+        look(from, extent, epoch, unit);
+        const auto lacks = [&](int j) { return holds_tag(lane_id()) && unit.v[j].hi != epoch; };
+        bool waiting = false;
+#pragma unroll
+        for (int j = 0; j < Unit::kVectors; ++j) waiting |= lacks(j);
+        if (!__any_sync(kFullWarp, waiting)) return true;
+        const auto tell = [&] {
+            Missing missing{waiting, peer, epoch, 0, nullptr};
+#pragma unroll
+            for (int j = 0; j < Unit::kVectors; ++j) {
+                if (lacks(j)) missing.note(peer, unit.v[j].hi, from + Unit::byte_of(j, extent));
+            }
+            return missing;
+        };
+        if (!wait_for_more(watch, tell)) return false;
     }
 }
 

@@ -9,7 +9,7 @@
 namespace ep {
 
 inline constexpr int kThreads = 512;  // of a CTA that dispatches
-inline constexpr int kStagingThreads = kThreads - 32;  // of a dispatch send: the last warp routes
+inline constexpr int kRowThreads = kThreads - 64;  // of those, the ones that hold rows: roles.cuh
 inline constexpr int kCombineThreads = 256;  // of a CTA that combines
 inline constexpr int kVectorsPerLine = 8;
 
@@ -42,6 +42,9 @@ struct View {
     int32_t message_stride;
     int32_t counts_vectors;
     int32_t counts_stride;
+    int32_t counts_words;
+    int32_t counts_gap;  // words of a rank's counts that are not rows
+    FastDiv by_counts;  // by counts_vectors
 
     // Combine rows.
     int32_t sum_lines;  // of data, BF16
@@ -78,6 +81,12 @@ struct View {
 
     // Bytes of a message in shared memory, without its tags, to the end of its last line.
     EP_HD int message_room() const { return message_vectors / kVectorsPerLine * kLinePayload; }
+    // Lines of each of 2^`bits` parts of a message; the last may have fewer.
+    EP_HD int part_lines(int bits) const {
+        const int lines = message_vectors / kVectorsPerLine;
+        const int each = (lines + (1 << bits) - 1) >> bits;
+        return bits == 0 ? lines : each + (each & 1);
+    }
     EP_HD int owner_of(int expert) const { return by_local_experts(expert); }
     EP_HD int64_t dispatch_at(uint64_t epoch) const { return (epoch & 1) != 0 ? dispatch_half : 0; }
     EP_HD int64_t combine_at(uint64_t epoch) const { return (epoch & 1) != 0 ? combine_half : 0; }
@@ -113,6 +122,9 @@ struct View {
         v.message_stride = h.message_stride;
         v.counts_vectors = h.counts.lines * kVectorsPerLine;
         v.counts_stride = h.counts.stride;
+        v.counts_words = h.counts.words;
+        v.counts_gap = h.counts.words - ctx.local_experts;
+        v.by_counts = FastDiv::by(static_cast<uint32_t>(v.counts_vectors));
 
         const SumLayout sum = SumLayout::make(s, Wire::kBf16);
         v.sums = sum.units;

@@ -151,6 +151,12 @@ struct Missing {
     uint64_t expected;
     uint64_t seen;
     const uint8_t* at;  // the vector with the tag
+
+    __device__ __forceinline__ void note(int whose, uint64_t tag, const uint8_t* where) {
+        peer = whose;
+        seen = tag;
+        at = where;
+    }
 };
 
 // Returns the deadline of the wait (0 on the way in: not set yet), or 0: give up. Out of line,
@@ -188,11 +194,24 @@ struct Watch {
     uint32_t polls = 0;
     uint64_t deadline = 0;
 
-    // After a poll that found something missing.
-    __device__ __forceinline__ bool give_up(const Missing& missing) {
+    // After a poll that found something missing. `tell`: what; asked once in many polls, since what
+    // lies between two looks is time that a line waits.
+    template <class Tell>
+    __device__ __forceinline__ bool give_up(Tell tell) {
         if ((++polls & (kPollsPerCheck - 1)) != 0) return false;
-        deadline = still_patient(view, op, missing, deadline);
+        deadline = still_patient(view, op, tell(), deadline);
         return deadline == 0;
+    }
+    // Waits for one of the tags that are missing. Whole warps; false: gave up.
+    __device__ __forceinline__ bool await_one(Missing missing) {
+        const int leader = __ffs(__ballot_sync(kFullWarp, missing.waiting)) - 1;
+        const bool leads = static_cast<int>(threadIdx.x & 31) == leader;
+        missing.waiting = leads;
+        while (true) {
+            if (leads) missing.seen = ptx::load_line_vector(missing.at).hi;
+            if (__any_sync(kFullWarp, leads && missing.seen == missing.expected)) return true;
+            if (give_up([&] { return missing; })) return false;
+        }
     }
 };
 

@@ -8,6 +8,7 @@
 #include "cuda/combine_halves.cuh"
 #include "cuda/dispatch_rounds.cuh"
 #include "cuda/dispatch_teams.cuh"
+#include "cuda/grids.h"
 
 namespace ep {
 
@@ -17,6 +18,8 @@ struct Emulated {
     int grid;  // at least three
     bool many = false;  // the dispatch kernels for many tokens
     int senders = 0;  // CTAs that only send, where such a kernel does both; 0: all do both
+    bool few = false;  // the combine kernels for few units
+    int part_bits = 0;  // of the dispatch kernels for few
 
     template <class Args>
     Turn begin_as(Op op) const {
@@ -32,7 +35,7 @@ struct Emulated {
     template <bool kQuantise>
     void send_as(const SendInput& in, const Turn& turn, SendScratch scratch) const {
         const int stretch = stretch_of(in, grid - 1);
-        if (view.input_vectors <= 2 * kStagingThreads) {
+        if (view.input_vectors <= 2 * kRowThreads) {
             return dispatch_send<kQuantise, 1>(view, in, stretch, turn, scratch);
         }
         dispatch_send<kQuantise, 3>(view, in, stretch, turn, scratch);
@@ -66,7 +69,7 @@ struct Emulated {
         if (in != nullptr && !many) send(*in, turn, sent);
         if (target == nullptr) return;
         if (many) return dispatch_recv_teams(view, *target, turn, received, part ? 1 + senders : 1);
-        dispatch_recv(view, *target, turn, received);
+        dispatch_recv(view, *target, turn, received, part_bits);
     }
     emulator::Launch launch(std::function<void(uint8_t*)> body) const {
         const int64_t shared = send_bytes() + RecvScratch::bytes(view, recv_room());
@@ -86,18 +89,20 @@ struct Emulated {
     }
     // Calls `step` with how the sums of a combine travel.
     template <class Step>
-    static void as(Wire wire, Step step) {
+    void as(Wire wire, bool late_weights, Step step) const {
         if (wire == Wire::kFp8) return step(Fp8Sums{});
+        if (few && !late_weights) return step(Bf16HalfSums{});
         step(Bf16Sums{});
     }
     emulator::Launch combine_send_kernel(CombineInput in) const {
         return launch_combine([=, this](uint8_t*) {
             const Turn turn = begin_as<CombineSendArgs>(Op::kCombine);
-            as(in.wire, [&]<class Sums>(Sums) {
+            as(in.wire, in.late_weights, [&]<class Sums>(Sums) {
+                const FirstItem first = first_of_send<Sums>(view, in);
                 if (in.late_weights) {
-                    combine_send<Sums, Weights::kLate>(view, in, turn);
+                    combine_send<Sums, Weights::kLate>(view, in, turn, first);
                 } else {
-                    combine_send<Sums, Weights::kKnown>(view, in, turn);
+                    combine_send<Sums, Weights::kKnown>(view, in, turn, first);
                 }
             });
         });
@@ -105,22 +110,24 @@ struct Emulated {
     emulator::Launch combine_recv_kernel(CombineOutput out) const {
         return launch_combine([=, this](uint8_t*) {
             const Turn turn = begin_as<CombineRecvArgs>(Op::kCombine);
-            as(out.wire, [&]<class Sums>(Sums) { combine_recv<Sums>(view, out, turn); });
+            as(out.wire, false, [&]<class Sums>(Sums) { combine_recv<Sums>(view, out, turn); });
         });
     }
     template <class Sums>
     void combine_fused(const CombineInput& in, const CombineOutput& out, const Turn& turn) const {
         const int send = send_ctas();
+        const FirstItem first = first_of_both<Sums>(view, in, send);
         if (in.late_weights) {
-            combine_both<Sums, Weights::kLate>(view, in, out, send, turn);
+            combine_both<Sums, Weights::kLate>(view, in, out, send, turn, first);
         } else {
-            combine_both<Sums, Weights::kKnown>(view, in, out, send, turn);
+            combine_both<Sums, Weights::kKnown>(view, in, out, send, turn, first);
         }
     }
     emulator::Launch combine_fused_kernel(CombineInput in, CombineOutput out) const {
         return launch_combine([=, this](uint8_t*) {
             const Turn turn = begin_as<CombineFusedArgs>(Op::kCombine);
-            as(in.wire, [&]<class Sums>(Sums) { combine_fused<Sums>(in, out, turn); });
+            as(in.wire, in.late_weights,
+               [&]<class Sums>(Sums) { combine_fused<Sums>(in, out, turn); });
         });
     }
 };

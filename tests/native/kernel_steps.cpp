@@ -62,7 +62,9 @@ struct Test {
     void on_all(int chain, Wire wire, Make make) {
         std::vector<Emulated> ranks;
         for (const Context& ctx : contexts) {
-            ranks.push_back({View::make(ctx, chain, wire), grid, chance(2), senders()});
+            const View view = View::make(ctx, chain, wire);
+            ranks.push_back({view, grid, chance(2), senders(), chance(2),
+                             part_bits(view, 1, 1 + random() % 4)});
         }
         std::vector<emulator::Launch> launches;
         for (size_t r = 0; r < ranks.size(); ++r) launches.push_back(make(ranks[r], r));
@@ -289,8 +291,8 @@ void check_absent_rank(const Shape& shape, Format format, int grid) {
     std::vector<Output> outputs(absent + 1, Output(shape));
     std::vector<Emulated> ranks;
     for (const Context& ctx : test.contexts) {
-        ranks.push_back(
-            {View::make(ctx, 0, shape.wire), test.grid, test.chance(2), test.senders()});
+        ranks.push_back({View::make(ctx, 0, shape.wire), test.grid, test.chance(2), test.senders(),
+                         test.chance(2)});
     }
     const auto sent = [&](size_t r) {
         return input.view(shape, shape.wire, false, false, outputs[r].route(shape));

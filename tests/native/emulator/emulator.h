@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -68,6 +69,7 @@ struct Cta {
     std::vector<std::unique_ptr<Warp>> warps;
     int running = 0;
     int arrivals = 0;  // at the barrier that most warps do not wait for
+    std::map<int, std::shared_ptr<Meeting>> parts;  // barriers of some warps, by number
 };
 
 inline Lane* current = nullptr;
@@ -119,6 +121,19 @@ inline bool meet_cta(bool vote) {
     current->waits_for = meeting;
     pause();
     return meeting->any;
+}
+
+// Barrier `id`, for `count` threads of the CTA, of which some only report.
+inline void meet_some(int id, int count, bool waits) {
+    std::shared_ptr<Meeting>& part = current->cta->parts[id];
+    if (!part) part = std::make_shared<Meeting>();
+    const std::shared_ptr<Meeting> meeting = part;
+    if (++meeting->count == count) {
+        meeting->done = true;
+        part.reset();
+    }
+    if (waits) current->waits_for = meeting;
+    pause();
 }
 
 inline void enter() {
@@ -258,6 +273,12 @@ inline int __reduce_max_sync(unsigned mask, int value) {
     int most = value;
     for (const uint64_t word : meeting->values) most = std::max(most, from_word<int>(word));
     return most;
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
+    const auto meeting = emulator::meet(mask, value);
+    unsigned bits = 0;
+    for (const uint64_t word : meeting->values) bits |= static_cast<unsigned>(word);
+    return bits;
 }
 inline int __reduce_add_sync(unsigned mask, int value) {
     const auto meeting = emulator::meet(mask, to_word(value));

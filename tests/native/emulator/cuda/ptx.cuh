@@ -20,6 +20,7 @@ inline Vector load_line_vector(const void* p) {
     std::memcpy(&v, p, sizeof(v));
     return v;
 }
+inline Vector load_vector_now(const void* p) { return load_line_vector(p); }
 inline uint64_t load_relaxed_sys(const uint64_t* p) { return *p; }
 inline void store_relaxed_sys(uint64_t* p, uint64_t v) { *p = v; }
 inline uint32_t pack_bf16x2(float lo, float hi) {
@@ -111,6 +112,14 @@ void await_copies() {
     }
 }
 inline void keep(int32_t) {}
+template <int kId, int kCount>
+void sync_some() {
+    emulator::meet_some(kId, kCount, true);
+}
+template <int kId, int kCount>
+void arrive_some() {
+    emulator::meet_some(kId, kCount, false);
+}
 template <int kThreads>
 void arrive_with(uint64_t) {
     ++emulator::current->cta->arrivals;
