@@ -22,19 +22,19 @@ __device__ __forceinline__ uint8_t* inbox_at(const View& view, int turn, uint64_
     return view.peer[rank] + view.dispatch_out + view.dispatch_at(epoch);
 }
 
-// The slots that a message goes to, in shared memory, with room for R.
+// The slots that a message goes to, in shared memory: their addresses, at most R, follow the count.
 struct Destinations {
     int64_t count;
-    uint8_t* slot[1];
 
     static EP_HD int bytes(const View& view) { return 8 * (1 + view.num_ranks); }
+    __device__ __forceinline__ uint8_t** slots() { return reinterpret_cast<uint8_t**>(this + 1); }
 
     // One warp. Lane i: whether the message goes to the rank whose turn is `base` + i, behind
     // `known` others, and where. Returns how many are known then.
     __device__ __forceinline__ int add(int known, bool goes, uint8_t* to) {
         const unsigned going = __ballot_sync(kFullWarp, goes);
         const unsigned before = (1u << (threadIdx.x & 31)) - 1;
-        if (goes) slot[known + __popc(going & before)] = to;
+        if (goes) slots()[known + __popc(going & before)] = to;
         return known + __popc(going);
     }
 };

@@ -188,7 +188,7 @@ __device__ __forceinline__ void push_vectors(const View& view, SendScratch scrat
     const int count = static_cast<int>(scratch.to->count);
 #pragma unroll 1
     for (int j = 0; j < count; ++j) {
-        uint8_t* const to = scratch.to->slot[j] + 16 * v;
+        uint8_t* const to = scratch.to->slots()[j] + 16 * v;
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             if (v + u * step < view.message_vectors) {
@@ -266,7 +266,9 @@ __device__ __forceinline__ void dispatch_send(const View& view, const SendInput&
     if (!announces && first >= last) return;
     NextToken<kRowPairs> next;
     if (!announces) next.load(view, in, first);  // in flight while earlier tokens are counted
-    next.route.inbox = inbox_at(view, static_cast<int>(threadIdx.x & 31), turn.epoch);
+    if (this_warp() == kRouter) {
+        next.route.inbox = inbox_at(view, static_cast<int>(threadIdx.x & 31), turn.epoch);
+    }
     if (first > 0) count_tokens(view, in, turn.absent, first, scratch.counts);
     if (announces && turn.absent.maybe != 0) count_mask(view, turn.absent, scratch.counts);
     if (!announces && this_warp() == kRouter) next.route.check(view, turn.absent);

@@ -12,7 +12,7 @@ inline constexpr int kHeadBytes = 32 / kVectorsPerLine * kLinePayload;
 static_assert(sizeof(MessageHeader) + kMaxTopk * sizeof(Entry) <= kHeadBytes);
 static_assert(kHeadBytes % 16 == 0);
 
-// Where a message's rows go, as the clerk tells the others.
+// Where a message's rows go, as the router tells the others.
 struct alignas(16) Landings {
     int32_t row[kMaxTopk];  // first, since four are read at a time
     int32_t first_scale[kMaxTopk];
@@ -22,7 +22,7 @@ struct alignas(16) Landings {
     static constexpr int32_t kNothing = -1;
 };
 
-// Shared memory: head of the clerk's message | landings | room for messages | counts, as they
+// Shared memory: head of the router's message | landings | room for messages | counts, as they
 // travel, tags and all, [R] | messages[R] | first_row[L + 1].
 struct RecvScratch {
     uint64_t* head;
@@ -60,7 +60,7 @@ struct RecvScratch {
         return *reinterpret_cast<const uint32_t*>(counts + source * view.counts_stride + byte);
     }
     // Of a word that counts: a peer's numbers index our memory, never beyond the inbox. (CTA 0
-    // reports those that would: check_counts.)
+    // reports those that would: checked_word.)
     __device__ __forceinline__ int32_t count(const View& view, int source, int byte) const {
         return static_cast<int32_t>(
             min(word(view, source, byte), static_cast<uint32_t>(view.max_tokens)));

@@ -138,9 +138,11 @@ class RankModel:
         """Dispatch -> experts -> combine, and the shared expert while the rows are under way."""
         x = rms_norm(hidden, weights.moe_norm, self.config.norm_eps)
         index, gate, _ = route(x, weights.router, self.config.topk)
+        # Ranks mostly replay the same bucket: kernels for as many rows are right for all.
         sent = self.buffer.dispatch(
-            x.bfloat16(), index, gate, chain=lane.chain, num_tokens=lane.num_tokens
-        )
+            x.bfloat16(), index, gate, chain=lane.chain, num_tokens=lane.num_tokens,
+            expected_tokens=len(x),
+        )  # fmt: skip
         shared = F.linear(swiglu(F.linear(x, weights.shared_gate_up)), weights.shared_down)
         received: Received = yield sent
         y = run_experts(received, weights.gate_up, weights.down)
