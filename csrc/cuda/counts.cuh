@@ -54,16 +54,26 @@ struct CountsLook {
         }
         return missing;
     }
-    // Into shared memory; the number of messages also to the warps that wait for rows already.
-    __device__ __forceinline__ void keep(const View& view, RecvScratch scratch) const {
-        static_assert(CountsLayout::kMessages == 0);
+    // Into shared memory.
+    __device__ __forceinline__ void keep(RecvScratch scratch) const {
         auto* to = reinterpret_cast<ptx::Vector*>(scratch.counts) + first;
 #pragma unroll
         for (int u = 0; u < kVectors; ++u) {
-            if (!asks(u)) continue;
-            to[32 * u] = v[u];
+            if (asks(u)) to[32 * u] = v[u];
+        }
+    }
+    // Tells the warps that wait for rows already how many messages come from the sources whose
+    // first line is here.
+    __device__ __forceinline__ void announce(const View& view, uint64_t epoch,
+                                             RecvScratch scratch) const {
+        static_assert(CountsLayout::kMessages == 0);
+        const int tag_lane = static_cast<int>(threadIdx.x & 31) | (kVectorsPerLine - 1);
+#pragma unroll
+        for (int u = 0; u < kVectors; ++u) {
+            const unsigned tags = __ballot_sync(kFullWarp, asks(u) && v[u].hi == epoch);
             const int source = view.by_counts(first + 32 * u);
-            if (source * view.counts_vectors != first + 32 * u) continue;
+            const bool is_first = source * view.counts_vectors == first + 32 * u;
+            if (!asks(u) || !is_first || (tags >> tag_lane & 1) == 0) continue;
             const auto messages = static_cast<uint32_t>(v[u].lo);
             const uint32_t most = static_cast<uint32_t>(view.max_tokens);
             atomicExch(&scratch.announced[source], static_cast<int32_t>(min(messages, most)));
@@ -109,9 +119,15 @@ __device__ __forceinline__ bool pull_counts(const View& view, const Turn& turn, 
         while (true) {
             look.load();
             if (!__any_sync(kFullWarp, look.lacking(turn.epoch) != 0)) break;
-            if (watch.give_up([&] { return look.missing(view, turn.epoch); })) return false;
+            // In a long wait, others must know what came: they would blame who sends them nothing.
+            const auto tell = [&] {
+                look.announce(view, turn.epoch, scratch);
+                return look.missing(view, turn.epoch);
+            };
+            if (watch.give_up(tell)) return false;
         }
-        look.keep(view, scratch);
+        look.keep(scratch);
+        look.announce(view, turn.epoch, scratch);
     }
     __syncwarp();
     return true;

@@ -27,6 +27,7 @@ __device__ __forceinline__ bool find_places(const View& view, const RecvTarget& 
     }
     __syncwarp();
     if (!counted) await_clerk();
+    if (to.end == Landings::kNoCounts) return false;
     if (pulled != Pulled::kMessage) {
         if (lane == 0) to.count = Landings::kNothing;
         return pulled == Pulled::kNothing;
@@ -171,7 +172,7 @@ __device__ __forceinline__ void dispatch_recv(const View& view, const RecvTarget
         if (target.format == Format::kContiguous) place_experts(view, target, scratch);
         if (blockIdx.x != 0) {
             const int end = most_messages(view, scratch) * view.num_ranks << bits;
-            if ((threadIdx.x & 31) == 0) scratch.landings->end = end;
+            if ((threadIdx.x & 31) == 0) scratch.landings->end = ok ? end : Landings::kNoCounts;
             tell_router();
         }
     }

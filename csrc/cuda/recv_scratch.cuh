@@ -17,9 +17,10 @@ struct alignas(16) Landings {
     int32_t row[kMaxTopk];  // first, since four are read at a time
     int32_t first_scale[kMaxTopk];
     int32_t count;  // kNothing: no message
-    int32_t end;  // items from here on are no messages; the clerk's word
+    int32_t end;  // items from here on are no messages, or kNoCounts: the clerk's word
 
     static constexpr int32_t kNothing = -1;
+    static constexpr int32_t kNoCounts = -1;  // it gave up
 };
 
 // Shared memory: head of the router's message | landings | room for messages | counts, as they
