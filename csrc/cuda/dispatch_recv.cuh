@@ -27,10 +27,11 @@ __device__ __forceinline__ bool find_places(const View& view, const RecvTarget& 
     }
     __syncwarp();
     if (!counted) await_clerk();
-    if (to.end == Landings::kNoCounts) return false;
-    if (pulled != Pulled::kMessage) {
+    if (pulled == Pulled::kGaveUp || to.end == Landings::kNoCounts) return false;
+    // A rank that is masked here and does not know may have sent something.
+    if (pulled == Pulled::kNothing || item.slot >= scratch.announced[item.source]) {
         if (lane == 0) to.count = Landings::kNothing;
-        return pulled == Pulled::kNothing;
+        return true;
     }
     placed = place_message(view, target, item, scratch.head, scratch);
     const int index = __popc(placed.has_row & ((1u << lane) - 1));
