@@ -11,15 +11,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native_build import HERE, HOST_STEPS, build, host_sources
+from native_build import EMULATED, HERE, HOST_STEPS, build, host_sources
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [HERE / "kernel_steps.cpp", *host_sources(*HOST_STEPS, "row_math")]
-    # The emulator stands before csrc on the include path, so that its ptx.cuh is found first.
-    flags = ["-O1", f"-I{HERE / 'emulator'}", "-Wno-unknown-pragmas"]
-    return build(tmp_path_factory.mktemp("kernels") / "kernel_steps", sources, *flags)
+    return build(tmp_path_factory.mktemp("kernels") / "kernel_steps", sources, *EMULATED)
 
 
 @pytest.mark.parametrize("recv_format", [0, 1, 2], ids=["batched", "contiguous", "compact"])

@@ -7,14 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native_build import HERE, build, host_sources
+from native_build import EMULATED, HERE, build, host_sources
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [HERE / "node_steps.cpp", *host_sources("nodes")]
-    flags = ["-O1", f"-I{HERE / 'emulator'}", "-Wno-unknown-pragmas"]
-    return build(tmp_path_factory.mktemp("nodes") / "node_steps", sources, *flags)
+    return build(tmp_path_factory.mktemp("nodes") / "node_steps", sources, *EMULATED)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native_build import HERE, NORMAL_STEPS, build, host_sources
+from native_build import EMULATED, HERE, NORMAL_STEPS, build, host_sources
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [HERE / "normal_steps.cpp", *host_sources(*NORMAL_STEPS)]
-    flags = ["-O1", f"-I{HERE / 'emulator'}", "-Wno-unknown-pragmas"]
-    return build(tmp_path_factory.mktemp("normal") / "normal_steps", sources, *flags)
+    return build(tmp_path_factory.mktemp("normal") / "normal_steps", sources, *EMULATED)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@
 struct Dim {
     unsigned x;
 };
-struct uint4 {
+struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
 
@@ -151,6 +151,15 @@ struct Launch {
     std::function<void(uint8_t*)> body;
 };
 
+inline void make_ready(Lane& lane) {
+    lane.stack = std::make_unique_for_overwrite<uint8_t[]>(kStackBytes);
+    getcontext(&lane.context);
+    lane.context.uc_stack.ss_sp = lane.stack.get();
+    lane.context.uc_stack.ss_size = kStackBytes;
+    lane.context.uc_link = nullptr;
+    makecontext(&lane.context, enter, 0);
+}
+
 inline std::unique_ptr<Cta> make_cta(const Launch& launch, int block) {
     auto cta = std::make_unique<Cta>();
     cta->shared.assign(launch.shared_bytes + 16, 0xcd);  // whatever was there
@@ -163,12 +172,7 @@ inline std::unique_ptr<Cta> make_cta(const Launch& launch, int block) {
         lane.block = {static_cast<unsigned>(block)};
         lane.grid = {static_cast<unsigned>(launch.grid)};
         lane.cta = cta.get();
-        lane.stack = std::make_unique_for_overwrite<uint8_t[]>(kStackBytes);
-        getcontext(&lane.context);
-        lane.context.uc_stack.ss_sp = lane.stack.get();
-        lane.context.uc_stack.ss_size = kStackBytes;
-        lane.context.uc_link = nullptr;
-        makecontext(&lane.context, enter, 0);
+        make_ready(lane);
     }
     return cta;
 }
