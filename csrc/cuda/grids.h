@@ -40,15 +40,16 @@ inline int stretch_of(int num_tokens, int ctas) {
     return static_cast<int>(std::max<int64_t>(1, ceil_div(num_tokens, ctas)));
 }
 
-// Combine: CTAs that share the work of so many warps. Little work is spread over many SMs: one SM
-// alone would be a narrow door.
+// Combine: CTAs that share the work of so many warps. Little work is spread over many SMs, as one
+// SM alone would be a narrow door, but not over all: kernels that share SMs with their neighbours
+// slow each other down (docs/performance.md).
 inline constexpr int64_t kSpread = 24;
 inline int64_t ctas_for(int64_t warps) {
     return std::max<int64_t>({1, ceil_div(warps, kCombineThreads / 32), std::min(warps, kSpread)});
 }
 
-// Two warps share a unit where all halves, sent and received, find a warp at once; of the warps
-// there is room for, they may be so many times as many. Other values are for measurements.
+// Two warps share a unit where the halves, sent and received, take no more than this part of the
+// warps that there is room for (measured: up to 16 tokens on two ranks, H=7168).
 inline constexpr double kFewUnits = 0.25;
 inline bool are_few(int64_t units, int resident_ctas) {
     const int64_t warps = int64_t{resident_ctas} * (kCombineThreads / 32);
