@@ -380,7 +380,7 @@ int main(int argc, char** argv) {
     if (num_ranks > 1 && quick) check_late_rank(shape, format, grid);
     if (num_ranks > 1) check_absent_rank(shape, format, grid);
     if (num_ranks > 1) {
-        for (unsigned seed = 1; seed <= 4; ++seed) check_unaware_rank(shape, format, grid, seed);
+        for (unsigned seed = 1; seed <= 2; ++seed) check_unaware_rank(shape, format, grid, seed);
     }
     std::puts("the kernels' steps and the host backend agree");
 }
