@@ -8,6 +8,18 @@
 #include "cuda/masks.h"
 
 namespace ep {
+namespace {
+
+// When all that was launched has ended.
+template <class T>
+T read_settled(const T* from) {
+    T value{};
+    EP_CUDA(cudaDeviceSynchronize());
+    EP_CUDA(cudaMemcpy(&value, from, sizeof(value), cudaMemcpyDeviceToHost));
+    return value;
+}
+
+}  // namespace
 
 void CudaRank::set_time_budget(uint64_t nanoseconds) const {
     const DeviceGuard guard(options_.device);
@@ -36,26 +48,17 @@ void CudaRank::write_rank_mask(std::uintptr_t out, StreamHandle stream) const {
 
 RankMask CudaRank::read_rank_mask() const {
     const DeviceGuard guard(options_.device);
-    RankMask mask{};
-    EP_CUDA(cudaDeviceSynchronize());
-    EP_CUDA(cudaMemcpy(&mask, ctx_.mask(), sizeof(mask), cudaMemcpyDeviceToHost));
-    return mask;
+    return read_settled(ctx_.mask());
 }
 
 StepStats CudaRank::read_stats(int chain) const {
     const DeviceGuard guard(options_.device);
-    StepStats stats{};
-    EP_CUDA(cudaDeviceSynchronize());
-    EP_CUDA(cudaMemcpy(&stats, ctx_.stats(chain), sizeof(stats), cudaMemcpyDeviceToHost));
-    return stats;
+    return read_settled(ctx_.stats(chain));
 }
 
 ChainState CudaRank::read_state(int chain) const {
     const DeviceGuard guard(options_.device);
-    ChainState state{};
-    EP_CUDA(cudaDeviceSynchronize());
-    EP_CUDA(cudaMemcpy(&state, ctx_.state(chain), sizeof(state), cudaMemcpyDeviceToHost));
-    return state;
+    return read_settled(ctx_.state(chain));
 }
 
 void CudaRank::reset() const {

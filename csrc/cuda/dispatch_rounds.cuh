@@ -98,7 +98,7 @@ __device__ __forceinline__ void pick_route(const View& view, const Route& route,
 #pragma unroll 1
     for (int base = 0; base < view.num_ranks; base += 32) {
         const int rank = base + static_cast<int>(threadIdx.x & 31);
-        if (goes_to(c, base)) atomicOr(scratch.picks.messages(view, rank), 1 << i);
+        if (goes_to(c, c.rank, base)) atomicOr(scratch.picks.messages(view, rank), 1 << i);
     }
     report_dropped(view, c, route.raw);
 }

@@ -149,9 +149,7 @@ __device__ __forceinline__ void route_token(const View& view, const SendInput& i
     int known = 0;
 #pragma unroll 1
     for (int base = 0; base < view.num_ranks; base += 32) {
-        const bool here = c.expert >= 0 && turn >= base && turn < base + 32;
-        const unsigned going = __reduce_or_sync(kFullWarp, here ? 1u << (turn - base) : 0);
-        const bool goes = (going >> lane & 1) != 0;
+        const bool goes = goes_to(c, turn, base);
         const int rank = rank_at(view, min(base + lane, view.num_ranks - 1));
         int slot = -1;
         if (goes) slot = (*scratch.counts.messages(view, rank))++;

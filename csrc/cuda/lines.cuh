@@ -54,8 +54,8 @@ __device__ __forceinline__ bool await_vectors(Watch& watch, const uint8_t* const
 }
 
 // A warp: waits for vectors with tags, one a lane, each of another rank, until their tags are
-// `epoch`; nullptr: for none.
-// Returns in each lane when its own came, after `start`. False: gave up.
+// `epoch`; nullptr: for none. Returns in each lane when its own came, after `start`. False: gave
+// up.
 __device__ __forceinline__ bool await_tags(Watch& watch, const uint8_t* from, int peer,
                                            uint64_t epoch, uint64_t start, ptx::Vector& line,
                                            uint64_t& waited) {

@@ -174,10 +174,11 @@ __device__ __forceinline__ void count_by_warps(const View& view, const SendInput
     }
 }
 
-// One warp, of a checked token: does any of its entries go to rank `base` + lane?
-__device__ __forceinline__ bool goes_to(const Choice& c, int base) {
-    const bool here = c.expert >= 0 && c.rank >= base && c.rank < base + 32;
-    const unsigned going = __reduce_or_sync(kFullWarp, here ? 1u << (c.rank - base) : 0);
+// One warp, of a checked token: does any of its entries go to number `base` + lane of the ranks?
+// `number`: of the entry's own rank, in whatever order the caller has them.
+__device__ __forceinline__ bool goes_to(const Choice& c, int number, int base) {
+    const bool here = c.expert >= 0 && number >= base && number < base + 32;
+    const unsigned going = __reduce_or_sync(kFullWarp, here ? 1u << (number - base) : 0);
     return (going >> (threadIdx.x & 31) & 1) != 0;
 }
 
@@ -193,7 +194,7 @@ __device__ __forceinline__ void count_one_each(const View& view, const SendInput
     if (c.expert >= 0) atomicAdd(counts.rows(view, c.expert, c.rank), 1);
 #pragma unroll 1
     for (int base = 0; base < view.num_ranks; base += 32) {
-        if (goes_to(c, base)) atomicAdd(counts.messages(view, base + lane), 1);
+        if (goes_to(c, c.rank, base)) atomicAdd(counts.messages(view, base + lane), 1);
     }
 }
 

@@ -29,12 +29,9 @@ struct Emulated {
     }
     int send_ctas() const { return std::max(1, (grid - 1) / 3); }  // of a combine
 
-    static int stretch_of(const SendInput& in, int ctas) {
-        return std::max(1, (in.num_tokens + ctas - 1) / ctas);
-    }
     template <bool kQuantise>
     void send_as(const SendInput& in, const Turn& turn, SendScratch scratch) const {
-        const int stretch = stretch_of(in, grid - 1);
+        const int stretch = stretch_of(in.num_tokens, grid - 1);
         if (view.input_vectors <= 2 * kRowThreads) {
             return dispatch_send<kQuantise, 1>(view, in, stretch, turn, scratch);
         }
@@ -45,7 +42,7 @@ struct Emulated {
         send_as<false>(in, turn, scratch);
     }
     void send(const SendInput& in, const Turn& turn, const RoundScratch& scratch, int ctas) const {
-        const int stretch = stretch_of(in, ctas);
+        const int stretch = stretch_of(in.num_tokens, ctas);
         if (in.wire == Wire::kFp8) {
             return dispatch_send_rounds<true>(view, in, stretch, turn, scratch);
         }
