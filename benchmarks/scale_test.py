@@ -46,6 +46,7 @@ DECODE_TOKENS = "1,8,32,64,128"  # in Buffers of 128 tokens, as a decode server 
 LARGE_TOKENS = "512,1024"
 PREFILL_TOKENS = "4096"
 FIRST_TESTS = ("tests/backends", "tests/normal")
+BENCH_TESTS = "tests/unit"  # one by one they are long, and the benchmarks themselves follow
 REPLAY_TEST = "tests/graphs/test_any_order_gpu.py"
 # A rank on every GPU is a process here; ranks of one process are left to `make gpu-test`.
 REAL_RANKS = "not virtual and not threads"
@@ -84,17 +85,18 @@ def plan(request: Request) -> list[Part]:
     workers = beside(request.workers if one else across_gpus(request.workers, request.gpus))
     large, more = f"{request.label}-large", f"{request.label}-more"
     others = [folder for folder in folders_with_tests() if folder not in FIRST_TESTS]
-    suite = [*FIRST_TESTS, *others, "--timeout=60", f"--ignore={REPLAY_TEST}"]
+    folders = [*FIRST_TESTS, *others]
+    ways = ["--timeout=60", "--durations=5", f"--ignore={REPLAY_TEST}"]
     if not one:
-        suite += ["-k", REAL_RANKS]
+        ways += ["-k", REAL_RANKS]
     return [
-        _tests("suite", marked, [*suite, *workers], 125),
-        _tests("alone", alone, suite, 75),
-        _tests("replay", "gpu and not multi" if one else "multi", [REPLAY_TEST], 75),
-        _low_latency("low-latency", request, DECODE_EXPERTS, DECODE_TOKENS, request.label, 105),
-        _normal(request, 65),
-        _low_latency("large", request, DECODE_EXPERTS, LARGE_TOKENS, large, 45),
-        _low_latency("more", request, MORE_EXPERTS, DECODE_TOKENS, more, 40, OURS),
+        _tests("suite", marked, [*folders, *ways, *workers], 165),
+        _tests("alone", alone, [f for f in folders if f != BENCH_TESTS] + ways, 70),
+        _tests("replay", "gpu and not multi" if one else "multi", [REPLAY_TEST], 72),
+        _low_latency("low-latency", request, DECODE_EXPERTS, DECODE_TOKENS, request.label, 65),
+        _normal(request, 42),
+        _low_latency("large", request, DECODE_EXPERTS, LARGE_TOKENS, large, 68),
+        _low_latency("more", request, MORE_EXPERTS, DECODE_TOKENS, more, 38, OURS),
     ]
 
 
