@@ -33,7 +33,7 @@ void dispatch(const CudaNormal& rank, Address x, int64_t x_stride_bytes, int64_t
               Address scales, int64_t scale_stride_token, int64_t scale_stride_group,
               int32_t num_scales, Address topk_idx, int32_t idx_bytes, Address topk_weights,
               int32_t topk, int32_t num_experts, Address send_position, Address rank_prefix,
-              int32_t num_tokens, int64_t block_offset, int64_t block_rows, bool exact,
+              int32_t num_tokens, int64_t block_offset, int64_t block_rows, int32_t size,
               int32_t num_sms, Address source_token, Address stream) {
     const NormalRows rows{pointer<const uint8_t>(x),
                           x_stride_bytes,
@@ -47,7 +47,7 @@ void dispatch(const CudaNormal& rank, Address x, int64_t x_stride_bytes, int64_t
     rank.dispatch(
         rows, {pointer<const void>(topk_idx), idx_bytes, pointer<const float>(topk_weights), topk},
         num_experts, {pointer<int32_t>(rank_prefix), pointer<int32_t>(send_position)}, block_offset,
-        block_rows, exact, num_sms, stream);
+        block_rows, static_cast<normal::BlockSize>(size), num_sms, stream);
 }
 
 void combine(const CudaNormal& rank, Address x, int64_t x_stride_bytes, int32_t hidden,
@@ -86,7 +86,7 @@ void bind_cuda_normal(py::module_& m) {
         .def("dispatch", &dispatch, NoGil(), "x"_a, "x_stride_bytes"_a, "row_bytes"_a, "scales"_a,
              "scale_stride_token"_a, "scale_stride_group"_a, "num_scales"_a, "topk_idx"_a,
              "idx_bytes"_a, "topk_weights"_a, "topk"_a, "num_experts"_a, "send_position"_a,
-             "rank_prefix"_a, "num_tokens"_a, "block_offset"_a, "block_rows"_a, "exact"_a,
+             "rank_prefix"_a, "num_tokens"_a, "block_offset"_a, "block_rows"_a, "size"_a,
              "num_sms"_a, "source_token"_a, "stream"_a)
         .def("combine", &combine, NoGil(), "x"_a, "x_stride_bytes"_a, "hidden"_a, "topk_weights"_a,
              "topk"_a, "bias0"_a, "bias1"_a, "send_position"_a, "rank_prefix"_a, "num_tokens"_a,

@@ -23,6 +23,7 @@ py::dict block_dict(int64_t rows, int64_t row_bytes, int num_scales, int topk) {
     d["topk_idx"] = block.topk_idx;
     d["topk_weights"] = block.topk_weights;
     d["source_token"] = block.source_token;
+    d["x"] = block.x;
     d["bytes"] = block.bytes;
     return d;
 }
@@ -59,7 +60,7 @@ void dispatch(NormalRank& rank, uintptr_t x, int64_t x_stride_bytes, int64_t row
               uintptr_t scales, int64_t scale_stride_token, int64_t scale_stride_group,
               int32_t num_scales, uintptr_t topk_idx, int32_t idx_bytes, uintptr_t topk_weights,
               int32_t topk, int32_t num_experts, uintptr_t send_position, uintptr_t rank_prefix,
-              int32_t num_tokens, int64_t block_offset, int64_t block_rows, bool exact,
+              int32_t num_tokens, int64_t block_offset, int64_t block_rows, int32_t size,
               int32_t num_sms, uintptr_t source_token) {
     (void)num_sms;  // a CPU rank is one thread
     const NormalRows rows{pointer<const uint8_t>(x),
@@ -74,7 +75,7 @@ void dispatch(NormalRank& rank, uintptr_t x, int64_t x_stride_bytes, int64_t row
     rank.dispatch(
         rows, {pointer<const void>(topk_idx), idx_bytes, pointer<const float>(topk_weights), topk},
         num_experts, {pointer<int32_t>(rank_prefix), pointer<int32_t>(send_position)}, block_offset,
-        block_rows, exact);
+        block_rows, static_cast<normal::BlockSize>(size));
 }
 
 void combine(NormalRank& rank, uintptr_t x, int64_t x_stride_bytes, int32_t hidden,
@@ -107,6 +108,9 @@ void bind_normal(py::module_& m) {
                  return normal::Part{index, control_start, Names{first, step - 1}};
              }),
              "index"_a, "control_start"_a, "first"_a, "step"_a);
+    m.attr("BLOCK_EXACT") = static_cast<int32_t>(normal::BlockSize::kExact);
+    m.attr("BLOCK_PADDED") = static_cast<int32_t>(normal::BlockSize::kPadded);
+    m.attr("BLOCK_AHEAD") = static_cast<int32_t>(normal::BlockSize::kAhead);
     m.def("normal_block", &block_dict, "rows"_a, "row_bytes"_a, "num_scales"_a, "topk"_a);
     m.def("normal_inbox", &inbox_dict, "rows"_a, "hidden"_a, "topk"_a);
     py::class_<NormalRank>(m, "HostNormal")
@@ -122,7 +126,7 @@ void bind_normal(py::module_& m) {
         .def("dispatch", &dispatch, NoGil(), "x"_a, "x_stride_bytes"_a, "row_bytes"_a, "scales"_a,
              "scale_stride_token"_a, "scale_stride_group"_a, "num_scales"_a, "topk_idx"_a,
              "idx_bytes"_a, "topk_weights"_a, "topk"_a, "num_experts"_a, "send_position"_a,
-             "rank_prefix"_a, "num_tokens"_a, "block_offset"_a, "block_rows"_a, "exact"_a,
+             "rank_prefix"_a, "num_tokens"_a, "block_offset"_a, "block_rows"_a, "size"_a,
              "num_sms"_a, "source_token"_a)
         .def("combine", &combine, NoGil(), "x"_a, "x_stride_bytes"_a, "hidden"_a, "topk_weights"_a,
              "topk"_a, "bias0"_a, "bias1"_a, "send_position"_a, "rank_prefix"_a, "num_tokens"_a,

@@ -42,6 +42,12 @@ OP_NORMAL_COMBINE: Final[int]
 WIRE_BF16: Final[int]
 WIRE_FP8: Final[int]
 WIRE_OPAQUE: Final[int]
+BLOCK_EXACT: Final[int]
+"""A dispatch's block has as many rows as come."""
+BLOCK_PADDED: Final[int]
+"""Any number of rows: those that nobody sent get topk_idx -1 and topk_weights 0."""
+BLOCK_AHEAD: Final[int]
+"""As many on every rank as have it so: nothing happens if more come to some rank."""
 RECV_BATCHED: Final[int]
 RECV_CONTIGUOUS: Final[int]
 RECV_COMPACT: Final[int]
@@ -258,8 +264,8 @@ def normal_layout(num_ranks: int, max_experts: int, start: int = 128) -> dict[st
     """Of the normal operations: control_bytes (heap of words), local_bytes."""
 
 def normal_block(rows: int, row_bytes: int, num_scales: int, topk: int) -> dict[str, int]:
-    """A dispatch's receive memory. Rows at 0; offsets scales, topk_idx, topk_weights,
-    source_token; bytes."""
+    """A dispatch's receive memory: offsets scales, topk_idx, topk_weights, source_token, x; bytes.
+    The rows, x, come last."""
 
 def normal_inbox(rows: int, hidden: int, topk: int) -> dict[str, int]:
     """Where a combine's BF16 rows come home. Rows at 0; offset topk_weights; bytes."""
@@ -423,12 +429,12 @@ class HostNormal:
         num_tokens: int,
         block_offset: int,
         block_rows: int,
-        exact: bool,
+        size: int,
         num_sms: int,
         source_token: int,
     ) -> None:
-        """exact False: rows that nobody sent get topk_idx -1 and topk_weights 0. Weights without
-        topk_idx arrive whole, with it 0 where the expert is another rank's."""
+        """size: a BLOCK_ constant. Weights without topk_idx arrive whole, with it 0 where the
+        expert is another rank's."""
 
     def combine(
         self,
@@ -622,7 +628,7 @@ class CudaNormal:
         num_tokens: int,
         block_offset: int,
         block_rows: int,
-        exact: bool,
+        size: int,
         num_sms: int,
         source_token: int,
         stream: int,

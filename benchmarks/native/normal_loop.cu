@@ -132,7 +132,8 @@ struct Rank {
     void dispatch(const Rows& rows, int num_sms) const {
         ops.dispatch({x.data(), rows.row_bytes, rows.row_bytes, scales.data(), rows.num_scales, 1,
                       rows.num_scales, num_tokens},
-                     routes(), kExperts, tables(), 0, shared.most_rows(), false, num_sms, handle());
+                     routes(), kExperts, tables(), 0, shared.most_rows(),
+                     normal::BlockSize::kPadded, num_sms, handle());
     }
     void combine(int num_sms) const {
         ops.combine({reinterpret_cast<const uint8_t*>(y.data()),
@@ -181,7 +182,7 @@ void Rank::check_dispatch(const Rows& rows) const {
         const Inputs& from = shared.inputs[s];
         for (int32_t t = 0; t < num_tokens; ++t) {
             if (!from.goes(t, me)) continue;
-            if (std::memcmp(block.data() + row * rows.row_bytes,
+            if (std::memcmp(block.data() + layout.x + row * rows.row_bytes,
                             from.x.data() + int64_t{t} * rows.row_bytes, rows.row_bytes) != 0) {
                 return wrong("row", row);
             }

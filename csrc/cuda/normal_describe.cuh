@@ -12,6 +12,7 @@ inline constexpr int kStretch = 32;  // tokens
 // A destination's block as this rank writes to it.
 struct Target {
     uint8_t* block;
+    uint8_t* x;  // its rows
     int64_t rows;  // of the block
     int64_t first;  // this rank's first row
     int64_t end;  // behind its last, or the end of the block if that comes before
@@ -155,7 +156,7 @@ __device__ __forceinline__ void pad_block(const DispatchArgs& a) {
     auto* weights = reinterpret_cast<float*>(block + layout.topk_weights);
     constexpr int kThreadsHere = 32 * kDescribeWarps;
     const int thread = static_cast<int>(threadIdx.x) - 32 * kSendWarps;
-    const int64_t first = a.tables.rank_prefix[(num_ranks - 1) * num_ranks + me];
+    const int64_t first = tokens_to(a.tables.rank_prefix, num_ranks, me);
 #pragma unroll 1
     for (int64_t i = first * topk + static_cast<int64_t>(blockIdx.x) * kThreadsHere + thread;
          i < a.block_rows * topk; i += static_cast<int64_t>(gridDim.x) * kThreadsHere) {

@@ -90,8 +90,8 @@ struct RowSender {
 #pragma unroll
         for (int j = 0; j < kRounds; ++j) {
             if (rows[j] < 0) continue;
-            uint8_t* block = targets[lane_of() + 32 * j].block;
-            ptx::start_store(block + rows[j] * a.rows.row_bytes + at, stage, num_bytes);
+            uint8_t* x = targets[lane_of() + 32 * j].x;
+            ptx::start_store(x + rows[j] * a.rows.row_bytes + at, stage, num_bytes);
         }
         ptx::commit_stores();
     }
@@ -144,7 +144,8 @@ __device__ __forceinline__ bool find_targets(const DispatchArgs& a, uint64_t epo
             const auto layout =
                 BlockLayout::make(rows, a.rows.row_bytes, a.rows.num_scales, a.routes.topk);
             ok = check_credit(group, Op::kNormalDispatch, r, *credit, layout.bytes);
-            targets[r] = {group.data[r] + credit->offset, rows, first, min(announced, rows)};
+            uint8_t* block = group.data[r] + credit->offset;
+            targets[r] = {block, block + layout.x, rows, first, min(announced, rows)};
         }
         if (__any_sync(kFullWarp, !ok)) return false;
     }
@@ -199,13 +200,24 @@ __device__ __forceinline__ bool describe_part(const DispatchArgs& a, uint64_t ep
     if (warp_of() == kSendWarps) ok = find_targets(a, epoch, scratch.targets);
     if (__syncthreads_or(!ok) != 0) return false;
     ok = describe(a, scratch.targets, scratch.tokens);
-    if (!a.exact) pad_block(a);
+    if (a.size == BlockSize::kPadded) pad_block(a);
     return ok;
+}
+
+// Whole CTAs: more rows come to some rank than its block holds. All ranks find the same.
+__device__ __forceinline__ bool too_many(const DispatchArgs& a) {
+    const int num_ranks = a.group.num_ranks();
+    bool more = false;
+    for (int r = static_cast<int>(threadIdx.x); r < num_ranks; r += kDispatchThreads) {
+        more |= tokens_to(a.tables.rank_prefix, num_ranks, r) > a.block_rows;
+    }
+    return __syncthreads_or(more) != 0;
 }
 
 // The whole grid.
 __device__ __forceinline__ void dispatch(const DispatchArgs& a, uint8_t* smem) {
     ptx::await_previous_kernel();
+    if (a.size == BlockSize::kAhead && too_many(a)) return;
     const Group& group = a.group;
     const DispatchScratch scratch = DispatchScratch::carve(smem);
     const uint64_t epoch = group.state->dispatched + 1;  // the last CTA moves it on

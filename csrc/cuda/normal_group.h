@@ -163,7 +163,7 @@ struct DispatchArgs {
     int32_t local_experts;
     int64_t block_offset;
     int64_t block_rows;
-    bool exact;
+    BlockSize size;
     Group group;
 };
 struct CombineArgs {

@@ -197,7 +197,7 @@ void CudaNormal::notify(const NormalLayout& layout, int num_tokens, int num_expe
 
 void CudaNormal::dispatch(const NormalRows& rows, const NormalRoutes& routes, int num_experts,
                           const NormalTables& tables, int64_t block_offset, int64_t block_rows,
-                          bool exact, int num_sms, StreamHandle stream) const {
+                          normal::BlockSize size, int num_sms, StreamHandle stream) const {
     check_experts(num_experts, rows.num_tokens);
     check_rows(rows.row_bytes, rows.x, rows.stride_bytes, routes.topk);
     require(rows.num_scales >= 0, "num_scales", rows.num_scales, "0 or more");
@@ -219,7 +219,7 @@ void CudaNormal::dispatch(const NormalRows& rows, const NormalRoutes& routes, in
                .local_experts = num_experts / group_.num_ranks(),
                .block_offset = block_offset,
                .block_rows = block_rows,
-               .exact = exact,
+               .size = size,
                .group = group_});
 }
 

@@ -25,8 +25,8 @@ class CudaNormal {
                 const NormalTables& tables, int32_t* recv_counts, int32_t* host_counts,
                 StreamHandle stream) const;
     void dispatch(const NormalRows& rows, const NormalRoutes& routes, int num_experts,
-                  const NormalTables& tables, int64_t block_offset, int64_t block_rows, bool exact,
-                  int num_sms, StreamHandle stream) const;
+                  const NormalTables& tables, int64_t block_offset, int64_t block_rows,
+                  normal::BlockSize size, int num_sms, StreamHandle stream) const;
     void combine(const NormalCombine& work, const NormalTables& tables, int num_sms,
                  StreamHandle stream) const;
 

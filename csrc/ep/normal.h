@@ -69,23 +69,35 @@ struct ControlLayout {
     }
 };
 
-// What a dispatch leaves at a destination: `rows` rows by source rank, then token.
+// What a dispatch leaves at a destination: `rows` rows by source rank, then token. The rows
+// themselves come last: of a block that was chosen ahead, what is behind them goes back.
 struct BlockLayout {
     int64_t scales;  // float32 or packed 4-byte words [rows, num_scales]
     int64_t topk_idx;  // int64 [rows, K]: local expert, or -1
     int64_t topk_weights;  // float32 [rows, K]
     int64_t source_token;  // int32 [rows]: the row's index at its source
-    int64_t bytes;  // rows come first, at 0
+    int64_t x;  // [rows, row_bytes]
+    int64_t bytes;
 
     static EP_HD BlockLayout make(int64_t rows, int64_t row_bytes, int num_scales, int topk) {
         BlockLayout b{};
-        b.scales = round_up(rows * row_bytes, kLine);
+        b.scales = 0;
         b.topk_idx = b.scales + round_up(rows * num_scales * 4, kLine);
         b.topk_weights = b.topk_idx + round_up(rows * topk * 8, kLine);
         b.source_token = b.topk_weights + round_up(rows * topk * 4, kLine);
-        b.bytes = b.source_token + round_up(rows * 4, kLine);
+        b.x = b.source_token + round_up(rows * 4, kLine);
+        b.bytes = b.x + round_up(rows * row_bytes, kLine);
         return b;
     }
+};
+
+// How many rows a dispatch's block has.
+enum class BlockSize : int32_t {
+    kExact,  // as many as come
+    kPadded,  // any number: rows that nobody sends get no expert
+    // Chosen before the host knows how many come; all blocks have the same number, or are exact.
+    // Rows that nobody sends stay as they are. Nothing happens if more come to some rank.
+    kAhead,
 };
 
 // What a combine leaves at a source: BF16 rows of the other ranks, in rank order, each rank's in
@@ -109,6 +121,10 @@ EP_HD int32_t tokens_before(const int32_t* rank_prefix, int num_ranks, int s, in
 }
 EP_HD int32_t tokens_between(const int32_t* rank_prefix, int num_ranks, int s, int d) {
     return rank_prefix[s * num_ranks + d] - tokens_before(rank_prefix, num_ranks, s, d);
+}
+
+EP_HD int32_t tokens_to(const int32_t* rank_prefix, int num_ranks, int d) {
+    return rank_prefix[(num_ranks - 1) * num_ranks + d];
 }
 
 // Words of host_counts, int32: what a notify tells the host. `ready` holds the low 32 bits of the

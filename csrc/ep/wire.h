@@ -152,7 +152,7 @@ EP_HD Put put_out(const Region& r, const Transfer& t, int node, int channel, int
     const auto mirror = normal::BlockLayout::make(r.max_tokens, t.row_bytes, t.num_scales, t.topk);
     const auto block = normal::BlockLayout::make(t.block_rows != 0 ? t.block_rows : arriving,
                                                  t.row_bytes, t.num_scales, t.topk);
-    int64_t here = 0, there = 0, width = t.row_bytes;
+    int64_t here = mirror.x, there = block.x, width = t.row_bytes;
     if (piece == kWeights) {
         here = mirror.topk_weights, there = block.topk_weights,
         width = t.has_weights ? 4 * t.topk : 0;

@@ -10,6 +10,7 @@ namespace ep::host {
 namespace {
 
 using normal::BlockLayout;
+using normal::BlockSize;
 using normal::Credit;
 
 constexpr Where kNotify{Op::kNormalNotify, 0};
@@ -129,14 +130,19 @@ void NormalRank::notify(const NormalLayout& layout, int num_tokens, int num_expe
 
 void NormalRank::dispatch(const NormalRows& rows, const NormalRoutes& routes, int num_experts,
                           const NormalTables& tables, int64_t block_offset, int64_t block_rows,
-                          bool exact) {
+                          BlockSize size) {
     const auto block = BlockLayout::make(block_rows, rows.row_bytes, rows.num_scales, routes.topk);
     require_block(block_offset, block.bytes, "block");
     if (!may_run(context_, kDispatch)) return;
     const int num_ranks = control_.num_ranks, me = context_.rank;
     const uint64_t epoch = state_->dispatched + 1;
-    if (!exact) {
-        const int32_t received = tables.rank_prefix[(num_ranks - 1) * num_ranks + me];
+    if (size == BlockSize::kAhead) {
+        for (int d = 0; d < num_ranks; ++d) {
+            if (normal::tokens_to(tables.rank_prefix, num_ranks, d) > block_rows) return;
+        }
+    }
+    if (size == BlockSize::kPadded) {
+        const int32_t received = normal::tokens_to(tables.rank_prefix, num_ranks, me);
         pad_block(routes, block, block_offset, received, block_rows);
     }
     publish_credit(control_.dispatch_credit_offset, {block_offset, block_rows, epoch});
@@ -187,7 +193,7 @@ bool NormalRank::send_rows(const NormalRows& rows, const NormalRoutes& routes, i
                  static_cast<uint64_t>(row) + 1);
             return false;
         }
-        std::memcpy(block + row * rows.row_bytes, rows.x + token * rows.stride_bytes,
+        std::memcpy(block + layout.x + row * rows.row_bytes, rows.x + token * rows.stride_bytes,
                     static_cast<size_t>(rows.row_bytes));
         uint32_t* scales = at<uint32_t>(block, layout.scales) + row * rows.num_scales;
         for (int g = 0; g < rows.num_scales; ++g) {

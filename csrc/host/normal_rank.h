@@ -25,7 +25,8 @@ class NormalRank {
     void notify(const NormalLayout& layout, int num_tokens, int num_experts, int alignment,
                 const NormalTables& tables, int32_t* recv_counts, int32_t* host_counts);
     void dispatch(const NormalRows& rows, const NormalRoutes& routes, int num_experts,
-                  const NormalTables& tables, int64_t block_offset, int64_t block_rows, bool exact);
+                  const NormalTables& tables, int64_t block_offset, int64_t block_rows,
+                  normal::BlockSize size);
     void combine(const NormalCombine& work, const NormalTables& tables);
 
     void set_time_budget(uint64_t nanoseconds);

@@ -197,7 +197,6 @@ class NormalBuffer(NormalSteps):
         self.check()
         rows = self._check.rows(x)
         experts, routes = self._routes(rows, topk_idx, topk_weights, num_experts, layout)
-        local = self._check.experts(experts)
         self._check.alignment(expert_alignment)
         self._check.worst_tokens(num_worst_tokens)
         sms = self._sms(num_sms, self.num_sms.dispatch)
@@ -215,11 +214,11 @@ class NormalBuffer(NormalSteps):
             return self._nodes.dispatch(
                 rows, routes, layout, experts, expert_alignment, num_worst_tokens, sms
             )
-        counts = torch.empty(local, dtype=torch.int32, device=self.device)
-        handle, per_expert = self._notify(
-            rows, routes, layout, experts, expert_alignment, num_worst_tokens, counts
-        )
-        return self._send(rows, routes, handle, per_expert, counts, sms)
+        if num_worst_tokens:
+            return self._dispatch_worst(
+                rows, routes, layout, experts, expert_alignment, num_worst_tokens, sms
+            )
+        return self._dispatch_exact(rows, routes, layout, experts, expert_alignment, sms)
 
     def dispatch_cached(
         self,

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ep_runtime.errors import PeerTimeout
@@ -46,14 +45,15 @@ class HostCounts:
         on_host = device.type == "cpu"
         self._memory = _C.HostMemory(size) if on_host else _C.PinnedMemory(size)
         array = (ctypes.c_int32 * (size // 4)).from_address(self._memory.address)
-        self._words = np.ctypeslib.as_array(array)
-        self._began: torch.cuda.Event | None = None
+        self._words = memoryview(array).cast("B").cast("i")
+        self._bytes = size
+        # Behind whatever the stream held before the notify.
+        self._began = None if on_host else torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def prepare(self) -> int:
         """Forget the last counts, on the current stream; the address for the next notify."""
-        self._words[:] = 0
-        if self._device.type == "cuda":
-            self._began = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ctypes.memset(self._memory.address, 0, self._bytes)
+        if self._began is not None:
             self._began.record(torch.cuda.current_stream(self._device))
         return self._memory.address
 
@@ -86,8 +86,7 @@ class HostCounts:
                     rank=-1,
                     peer=-1,
                 )
-        per_expert = [int(count) for count in words[1:ready]]
-        return Counts(int(words[0]), int(words[ready + 1]), int(words[ready + 2]), per_expert)
+        return Counts(words[0], words[ready + 1], words[ready + 2], words[1:ready].tolist())
 
     def _has_begun(self) -> bool:
         return self._began is None or bool(
@@ -96,5 +95,5 @@ class HostCounts:
 
     def close(self) -> None:
         """Give the words back; nothing may write to them any more."""
-        self._words = np.zeros(0, dtype=np.int32)
+        self._words = memoryview(b"").cast("i")
         self._memory.close()

@@ -12,6 +12,7 @@ import torch
 from ep_runtime.memory import RankMemory
 from ep_runtime.memory.base import log
 from ep_runtime.normal.pool import ALIGNMENT, Block, Pool
+from ep_runtime.normal.streams import current
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ def _mark(device: torch.device) -> tuple[int, Any] | None:
     None in a capture, where the event would belong to the graph: a capture begins with a
     synchronisation, so what read the block before it is over.
     """
-    with torch.cuda.device(device):
+    with current(device):
         if torch.cuda.is_current_stream_capturing():
             return None
         stream = torch.cuda.current_stream(device)

@@ -8,7 +8,7 @@ first and crosses as one row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -24,7 +24,7 @@ from ep_runtime.normal.handles import (
     RailTables,
 )
 from ep_runtime.normal.node_shape import NodeShape
-from ep_runtime.normal.ops import Routes, Tables
+from ep_runtime.normal.ops import Routes, Tables, block_size
 from ep_runtime.normal.rails import Rails
 from ep_runtime.normal.receive import Target
 from ep_runtime.normal.steps import NormalSteps
@@ -285,7 +285,7 @@ class NodePath:
         """Send each token once to each node. What arrives lies in the rail's staging block: it is
         gone with the rail's next dispatch. Experts are numbered within the node."""
         rail = self._rail
-        target = replace(Target.staging(rail._heap, rows, routes, rail_rows), staged=False)
+        target = Target.staging(rail._heap, rows, routes, rail_rows, copied=False)
         self.rails.cross(
             rows, routes, tables, num_experts, target.offset, rail_rows, exact, num_sms
         )
@@ -363,18 +363,19 @@ class NodePath:
         node, nodes = self._node, _nodes_of(handle)
         onward = _onward(arrived)
         target = node._target(onward, routes, handle.num_rows)
-        node._ops.dispatch(
-            onward,
-            routes,
-            handle.num_experts // self._shape.num_nodes,
-            Tables(nodes.reach, nodes.target),
-            target.offset,
-            handle.num_rows,
-            handle.exact,
-            num_sms,
-            arrived.source_token,
-        )
-        node._after()
+        with target:
+            node._ops.dispatch(
+                onward,
+                routes,
+                handle.num_experts // self._shape.num_nodes,
+                Tables(nodes.reach, nodes.target),
+                target.offset,
+                handle.num_rows,
+                block_size(handle.exact),
+                num_sms,
+                arrived.source_token,
+            )
+            node._after()
         return target.received(onward, routes, handle, per_expert, counts)
 
 

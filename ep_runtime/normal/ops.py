@@ -67,6 +67,11 @@ def make_native(
     )
 
 
+def block_size(exact: bool) -> int:
+    """How a block that the host chose by the number of rows, or by the most there may be, is."""
+    return _C.BLOCK_EXACT if exact else _C.BLOCK_PADDED
+
+
 class NormalOps:
     """One rank's native calls. On CUDA they launch on the device's current stream and return."""
 
@@ -124,10 +129,11 @@ class NormalOps:
         tables: Tables,
         block_offset: int,
         block_rows: int,
-        exact: bool,
+        size: int,
         num_sms: int,
         source_token: torch.Tensor | None = None,
     ) -> None:
+        """size: a BLOCK_ constant of _C."""
         self.native.dispatch(
             rows.x.data_ptr(),
             rows.stride_bytes,
@@ -146,7 +152,7 @@ class NormalOps:
             rows.num_tokens,
             block_offset,
             block_rows,
-            exact,
+            size,
             num_sms,
             _address(source_token),
             *self._stream(),

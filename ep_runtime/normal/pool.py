@@ -72,7 +72,7 @@ class Pool:
 
     def allocate(self, num_bytes: int, *, capturing: bool) -> Block | None:
         """A block of at least `num_bytes`, or None where no free stretch is long enough."""
-        size = max(-(-num_bytes // ALIGNMENT), 1) * ALIGNMENT
+        size = _rounded(num_bytes)
         with self._lock:
             self._take_back()
             self._busy = True
@@ -91,9 +91,31 @@ class Pool:
             self._blocks += 1
         return block
 
+    def shorten(self, block: Block, num_bytes: int) -> None:
+        """Free what a block has behind its first `num_bytes`, which nobody has touched."""
+        size = _rounded(num_bytes)
+        spare = block.num_bytes - size
+        if spare <= 0:
+            return
+        with self._lock:
+            self._take_back()
+            self._busy = True
+            try:
+                block.num_bytes = size
+                end = block.offset + size + spare
+                _insert(self._free, _Free(end - spare, end, block.uses))
+                self._in_use -= spare
+            finally:
+                self._busy = False
+
     def give_back(self, block: Block, use: tuple[int, Any] | None) -> None:
         """Free a block. `use`: (stream, event recorded on it after the last use), or None."""
         self._returned.append((block, use))
+
+    def settle(self) -> None:
+        """Do now what the next allocate() would have to do first."""
+        with self._lock:
+            self._take_back()
 
     def _take_back(self) -> None:
         if self._busy:
@@ -115,6 +137,10 @@ class Pool:
         else:
             _insert(self._free, freed)
             self._in_use -= block.num_bytes
+
+
+def _rounded(num_bytes: int) -> int:
+    return max(-(-num_bytes // ALIGNMENT), 1) * ALIGNMENT
 
 
 def _cut(free: list[_Free], size: int, captured: bool) -> Block | None:

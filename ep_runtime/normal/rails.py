@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 
 from ep_runtime.errors import ShapeError
+from ep_runtime.native import _C
 from ep_runtime.normal.handles import Layout, RailTables
-from ep_runtime.normal.ops import Routes, Tables
+from ep_runtime.normal.ops import Routes, Tables, block_size
 from ep_runtime.normal.steps import NormalSteps
 from ep_runtime.normal.validate import Outgoing
 
@@ -133,7 +134,14 @@ class MappedRails:
         """A dispatch of nothing to all ranks."""
         whole = self._whole
         whole._ops.dispatch(
-            self._nothing, Routes(None, None, 0), whole.num_ranks, self._nowhere, 0, 0, True, 1
+            self._nothing,
+            Routes(None, None, 0),
+            whole.num_ranks,
+            self._nowhere,
+            0,
+            0,
+            _C.BLOCK_EXACT,
+            1,
         )
         whole._after()
 
@@ -158,7 +166,8 @@ class MappedRails:
         num_sms: int,
     ) -> None:
         along = Tables(tables.prefix, tables.position)
-        self.part._ops.dispatch(rows, routes, num_experts, along, offset, rail_rows, exact, num_sms)
+        size = block_size(exact)
+        self.part._ops.dispatch(rows, routes, num_experts, along, offset, rail_rows, size, num_sms)
         self.part._after()
 
     def partial(self, rail_rows: int, hidden: int, topk: int | None) -> HomeRows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 
@@ -10,26 +11,30 @@ from ep_runtime.native import _C
 from ep_runtime.normal.handles import NormalHandle, NormalReceived
 from ep_runtime.normal.heap import DataHeap
 from ep_runtime.normal.ops import Routes
-from ep_runtime.normal.pool import Uses
+from ep_runtime.normal.pool import Block, Uses
 from ep_runtime.normal.validate import Outgoing
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a dispatch receives.
+    """Where a dispatch receives: chosen before it, made into tensors behind it.
 
-    base    uint8 over the memory
-    offset  of the memory in the data heap: what this rank tells its peers
+    heap    the memory is a part of it
+    offset  of the memory in the heap: what this rank tells its peers
+    rows    that there is room for
     parts   bytes from the beginning of the memory to its arrays
-    uses    to wait for before anybody writes
-    staged  the next dispatch needs this memory: the tensors must be copies
+    block   of the pool, which the tensors will own; None: the staging block
+    copied  the next dispatch needs the staging block: the tensors must be copies
+
+    As a context: what raises within gives the memory back.
     """
 
-    base: torch.Tensor
+    heap: DataHeap
     offset: int
+    rows: int
     parts: dict[str, int]
-    uses: Uses
-    staged: bool
+    block: Block | None
+    copied: bool
 
     @classmethod
     def in_pool(
@@ -40,14 +45,42 @@ class Target:
         block = heap.pool.allocate(parts["bytes"], capturing=capturing)
         if block is None:
             return None
-        base = heap.view(block.offset, parts["bytes"], block)
-        return cls(base, block.offset, parts, block.uses, False)
+        return cls(heap, block.offset, num_rows, parts, block, False)
 
     @classmethod
-    def staging(cls, heap: DataHeap, rows: Outgoing, routes: Routes, num_rows: int) -> Target:
+    def staging(
+        cls, heap: DataHeap, rows: Outgoing, routes: Routes, num_rows: int, *, copied: bool = True
+    ) -> Target:
         """The block that every dispatch may use in its turn."""
-        parts = _parts(rows, routes, num_rows)
-        return cls(heap.view(0, parts["bytes"], None), 0, parts, {}, True)
+        return cls(heap, 0, num_rows, _parts(rows, routes, num_rows), None, copied)
+
+    @property
+    def uses(self) -> Uses:
+        """To wait for before anybody writes."""
+        return {} if self.block is None else self.block.uses
+
+    def shorten(self, rows: Outgoing, num_rows: int) -> None:
+        """Fewer rows come than there is room for: the rest goes back. Peers write only rows that
+        they announced, so nothing of it was touched."""
+        if self.block is not None:
+            self.heap.pool.shorten(self.block, self.parts["x"] + num_rows * rows.row_bytes)
+
+    def drop(self) -> None:
+        """Nothing was received."""
+        if self.block is not None:
+            self.heap.give_back(self.block)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.drop()
 
     def received(
         self,
@@ -57,26 +90,31 @@ class Target:
         per_expert: list[int],
         counts: torch.Tensor | None,
     ) -> NormalReceived:
-        """The tensors. A staged block is copied behind its dispatch, on the same stream."""
-        base = self.base.clone() if self.staged else self.base
-
-        def part(start: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-            end = start + dtype.itemsize * torch.Size(shape).numel()
-            return base[start:end].view(dtype).view(shape)
-
+        """The tensors, which are copied on the dispatch's stream if they must. Called behind the
+        dispatch: the GPU need not wait for this."""
         n, at = handle.num_rows, self.parts
+        base = self.heap.view(self.offset, at["x"] + n * rows.row_bytes, self.block)
+        if self.copied:
+            base = base.clone()
+        memory = base.untyped_storage()
+
+        def part(name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            # One step instead of a slice and two views, for each of five tensors.
+            empty = torch.empty(0, dtype=dtype, device=base.device)
+            return empty.set_(memory, at[name] // dtype.itemsize, shape)
+
         scales = None
         if rows.scales is not None:
             shape = (n, rows.num_scales)[: rows.scales.dim()]
-            scales = part(at["scales"], rows.scales.dtype, *shape)
+            scales = part("scales", rows.scales.dtype, *shape)
         has_idx, has_weights = routes.topk_idx is not None, routes.topk_weights is not None
         table = (n, routes.topk)
         return NormalReceived(
-            part(0, rows.x.dtype, n, rows.x.shape[1]),
+            part("x", rows.x.dtype, n, rows.x.shape[1]),
             scales,
-            part(at["topk_idx"], torch.int64, *table) if has_idx else None,
-            part(at["topk_weights"], torch.float32, *table) if has_weights else None,
-            part(at["source_token"], torch.int32, n),
+            part("topk_idx", torch.int64, *table) if has_idx else None,
+            part("topk_weights", torch.float32, *table) if has_weights else None,
+            part("source_token", torch.int32, n),
             per_expert,
             counts,
             handle,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from ep_runtime.errors import CaptureError, ShapeError
 from ep_runtime.memory.base import log
+from ep_runtime.native import _C
 from ep_runtime.normal.config import block_bytes
 from ep_runtime.normal.counts import Counts
 from ep_runtime.normal.growth import GrowingRank
 from ep_runtime.normal.handles import Layout, NormalHandle, NormalReceived
-from ep_runtime.normal.ops import Routes, Tables
+from ep_runtime.normal.ops import Routes, Tables, block_size
 from ep_runtime.normal.receive import Target
 from ep_runtime.normal.validate import Outgoing
 
@@ -97,7 +100,7 @@ class NormalSteps(GrowingRank):
 
         return Tables(ints(self.num_ranks, self.num_ranks), ints(num_tokens, self.num_ranks))
 
-    def _notify(
+    def _dispatch_worst(
         self,
         rows: Outgoing,
         routes: Routes,
@@ -105,33 +108,87 @@ class NormalSteps(GrowingRank):
         num_experts: int,
         alignment: int,
         num_worst_tokens: int,
-        counts: torch.Tensor,
-    ) -> tuple[NormalHandle, list[int]]:
-        """Exchange counts. In exact mode learn them on the host, and make room for the rows."""
-        exact = num_worst_tokens == 0
-        tables = self._announce(rows.num_tokens, layout, num_experts, alignment, exact, counts)
-        per_expert: list[int] = []
-        num_rows = most_rows = num_worst_tokens
+        num_sms: int,
+    ) -> NormalReceived:
+        """A dispatch whose real size no host learns."""
+        counts = self._counts(num_experts)
+        tables = self._announce(rows.num_tokens, layout, num_experts, alignment, False, counts)
         inbox_rows = (self.num_ranks - 1) * self.config.max_tokens
-        if exact:
+        told = Counts(num_worst_tokens, num_worst_tokens, inbox_rows, [])
+        handle = self._handle(rows, layout, tables, num_experts, told, exact=False)
+        return self._send(rows, routes, handle, [], counts, num_sms)
+
+    def _dispatch_exact(
+        self,
+        rows: Outgoing,
+        routes: Routes,
+        layout: Layout,
+        num_experts: int,
+        alignment: int,
+        num_sms: int,
+    ) -> NormalReceived:
+        """A dispatch whose size the host learns: while the rows are sent, if it can."""
+        counts = self._counts(num_experts)
+        tables = self._announce(rows.num_tokens, layout, num_experts, alignment, True, counts)
+        ahead = self._send_ahead(rows, routes, num_experts, tables, num_sms)
+        with ahead or nullcontext():
             told = self._learn_counts(counts.shape[0])
-            num_rows, per_expert = told.rows, told.per_expert
-            most_rows, inbox_rows = told.most_rows, told.most_inbox
-            size = block_bytes(most_rows, rows.row_bytes, rows.num_scales, routes.topk)
-            self._make_room(size, 0)
-        handle = NormalHandle(
+        handle = self._handle(rows, layout, tables, num_experts, told, exact=True)
+        if ahead is not None and told.most_rows <= ahead.rows:
+            self.stats.dispatches += 1
+            ahead.shorten(rows, told.rows)
+            return ahead.received(rows, routes, handle, told.per_expert, counts)
+        if ahead is not None:
+            ahead.drop()
+        size = block_bytes(told.most_rows, rows.row_bytes, rows.num_scales, routes.topk)
+        self._make_room(size, 0)
+        return self._send(rows, routes, handle, told.per_expert, counts, num_sms)
+
+    def _send_ahead(
+        self, rows: Outgoing, routes: Routes, num_experts: int, tables: Tables, num_sms: int
+    ) -> Target | None:
+        """Send before the host knows how many rows come, into a block for the most that usually
+        can. If more come to some rank, the kernels of all ranks see it and send nothing.
+
+        None where this rank has no such block free, which is its own affair; and where heaps might
+        have to grow for so many rows, which all ranks do or none.
+        """
+        most = self.num_ranks * self.config.max_tokens
+        size = block_bytes(most, rows.row_bytes, rows.num_scales, routes.topk)
+        if size > self._heap.sizes.staging:
+            return None
+        target = Target.in_pool(self._heap, rows, routes, most, capturing=False)
+        if target is not None:
+            self._streams.wait_for(target.uses)
+            self._launch(rows, routes, num_experts, tables, target, _C.BLOCK_AHEAD, num_sms)
+        return target
+
+    def _counts(self, num_experts: int) -> torch.Tensor:
+        local = num_experts // self.num_ranks
+        return torch.empty(local, dtype=torch.int32, device=self.device)
+
+    def _handle(
+        self,
+        rows: Outgoing,
+        layout: Layout,
+        tables: Tables,
+        num_experts: int,
+        told: Counts,
+        *,
+        exact: bool,
+    ) -> NormalHandle:
+        return NormalHandle(
             tables.rank_prefix,
             tables.send_position,
             layout.is_token_in_rank,
             rows.num_tokens,
-            num_rows,
-            most_rows,
-            inbox_rows,
+            told.rows,
+            told.most_rows,
+            told.most_inbox,
             num_experts,
             exact,
             self._identity,
         )
-        return handle, per_expert
 
     def _announce(
         self,
@@ -150,7 +207,8 @@ class NormalSteps(GrowingRank):
         return tables
 
     def _learn_counts(self, local_experts: int) -> Counts:
-        """The wait of the host."""
+        """The wait of the host; what can be done before the counts are there is done first."""
+        self._heap.pool.settle()
         return self._host_counts.wait(local_experts, self._budget_s, self._check_fatal)
 
     def _send(
@@ -165,18 +223,33 @@ class NormalSteps(GrowingRank):
         """Choose receive memory, send, and give the memory its tensors."""
         self.stats.dispatches += 1
         target = self._target(rows, routes, handle.num_rows)
-        self._ops.dispatch(
-            rows,
-            routes,
-            handle.num_experts,
-            Tables(handle.rank_prefix, handle.send_position),
-            target.offset,
-            handle.num_rows,
-            handle.exact,
-            num_sms,
-        )
-        self._after()
+        tables = Tables(handle.rank_prefix, handle.send_position)
+        size = block_size(handle.exact)
+        self._launch(rows, routes, handle.num_experts, tables, target, size, num_sms)
         return target.received(rows, routes, handle, per_expert, counts)
+
+    def _launch(
+        self,
+        rows: Outgoing,
+        routes: Routes,
+        num_experts: int,
+        tables: Tables,
+        target: Target,
+        size: int,
+        num_sms: int,
+    ) -> None:
+        with target:
+            self._ops.dispatch(
+                rows,
+                routes,
+                num_experts,
+                tables,
+                target.offset,
+                target.rows,
+                size,
+                num_sms,
+            )
+            self._after()
 
     def _target(self, rows: Outgoing, routes: Routes, num_rows: int) -> Target:
         """A block of the pool, or the staging block where the pool has no room."""

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, which it mostly is already: then it costs nothing."""
+    if torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 class StreamOrder:
@@ -25,7 +33,7 @@ class StreamOrder:
         """The device's current stream is being captured."""
         if self._device.type == "cpu":
             return False
-        with torch.cuda.device(self._device):
+        with current(self._device):
             return torch.cuda.is_current_stream_capturing()
 
     def enter(self) -> None:

@@ -14,7 +14,7 @@ from ep_runtime.memory.nvshmem import NvshmemModule
 from ep_runtime.native import _C
 from ep_runtime.normal.config import block_bytes
 from ep_runtime.normal.handles import Layout, RailTables
-from ep_runtime.normal.ops import Routes, Tables
+from ep_runtime.normal.ops import Routes, Tables, block_size
 from ep_runtime.normal.rails import REBUILD, HomeRows, WiredRail
 from ep_runtime.normal.steps import NormalSteps
 from ep_runtime.normal.validate import Outgoing
@@ -221,7 +221,8 @@ class WiredRails:
         assert offset == 0, "peers put rows to the start of the data heap"
         assert tables.out_prefix is not None
         along = Tables(tables.out_prefix, tables.position)
-        self.part._ops.dispatch(rows, routes, num_experts, along, offset, rail_rows, exact, num_sms)
+        size = block_size(exact)
+        self.part._ops.dispatch(rows, routes, num_experts, along, offset, rail_rows, size, num_sms)
         self.part._after()
         self._puts.put(
             False,

@@ -14,6 +14,7 @@ namespace {
 
 using namespace ep;
 using normal::BlockLayout;
+using normal::BlockSize;
 using normal::ControlLayout;
 using normal::InboxLayout;
 using normal::State;

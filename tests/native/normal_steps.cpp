@@ -29,6 +29,7 @@ struct Test {
     World device{s}, host{s};
     std::vector<normal::Group> groups;
     std::vector<std::unique_ptr<host::NormalRank>> hosts;
+    uint64_t dispatched = 0;
 
     Test(const Sizes& sizes, int num_ctas, unsigned seed) : s(sizes), grid(num_ctas), random(seed) {
         for (int r = 0; r < s.num_ranks; ++r) {
@@ -83,7 +84,7 @@ struct Test {
                 [=](uint8_t* smem) { normal::notify(args, smem); }};
     }
     emulator::Launch dispatch_kernel(int r, const Input& in, const NormalRoutes& routes, Tables& t,
-                                     int64_t rows, bool exact) {
+                                     int64_t rows, BlockSize size) {
         const normal::DispatchArgs args{
             .rows = in.rows(s),
             .routes = routes,
@@ -94,7 +95,7 @@ struct Test {
             .local_experts = s.local_experts(),
             .block_offset = normal::kLine,
             .block_rows = rows,
-            .exact = exact,
+            .size = size,
             .group = groups[r]};
         return {grid, normal::kDispatchThreads, normal::DispatchScratch::bytes(s.num_ranks),
                 [=](uint8_t* smem) { normal::dispatch(args, smem); }};
@@ -149,7 +150,9 @@ struct Test {
 
     void round(int number) {
         const auto num_ranks = static_cast<size_t>(s.num_ranks);
-        const bool wide = chance(2), exact = number % 2 == 0, with_experts = !chance(4);
+        constexpr BlockSize kSizes[] = {BlockSize::kExact, BlockSize::kPadded, BlockSize::kAhead};
+        const BlockSize size = kSizes[number % 3];
+        const bool wide = chance(2), with_experts = !chance(4);
         std::vector<Input> inputs;
         std::vector<Tables> mine(num_ranks, Tables(s)), right(num_ranks, Tables(s));
         for (size_t r = 0; r < num_ranks; ++r) inputs.push_back(draw(s, random));
@@ -166,16 +169,24 @@ struct Test {
         for (size_t r = 0; r < num_ranks; ++r) CHECK(mine[r] == right[r]);
         if (chance(2)) scatter(inputs, mine, right);
 
-        const auto rows = [&](int r) { return right[r].received(s, r) + (exact ? 0 : kPadding); };
+        int most = 0;
+        for (int r = 0; r < s.num_ranks; ++r) most = std::max(most, right[r].received(s, r));
+        const bool fits = size != BlockSize::kAhead || most == 0 || chance(2);
+        const auto rows = [&](int r) -> int64_t {
+            if (size == BlockSize::kAhead) return fits ? most + kPadding : most - 1;
+            return right[r].received(s, r) + (size == BlockSize::kExact ? 0 : kPadding);
+        };
         const auto routes = [&](int r) { return inputs[r].routes(s.topk, wide, with_experts); };
         on_hosts([&](int r) {
             hosts[r]->dispatch(inputs[r].rows(s), routes(r), s.num_experts, right[r].tables(),
-                               normal::kLine, rows(r), exact);
+                               normal::kLine, rows(r), size);
         });
         on_devices(s.num_ranks, [&](int r) {
-            return dispatch_kernel(r, inputs[r], routes(r), mine[r], rows(r), exact);
+            return dispatch_kernel(r, inputs[r], routes(r), mine[r], rows(r), size);
         });
         compare_blocks();
+        dispatched += fits ? 1 : 0;
+        compare_dispatched();
         combine_both_ways(inputs, mine, right);
     }
 
@@ -215,11 +226,18 @@ struct Test {
         }
     }
 
+    // (One that found too little room in some block was none.)
+    void compare_dispatched() {
+        for (int r = 0; r < s.num_ranks; ++r) {
+            CHECK(device.state(r).dispatched == dispatched);
+            CHECK(hosts[r]->state().dispatched == dispatched);
+        }
+    }
+
     void compare_state(uint64_t rounds) {
         for (int r = 0; r < s.num_ranks; ++r) {
             const State& state = device.state(r);
-            CHECK(state.notified == rounds && state.dispatched == rounds);
-            CHECK(state.combined == rounds);
+            CHECK(state.notified == rounds && state.combined == rounds);
             for (const uint32_t ticket : state.tickets) CHECK(ticket == 0);
         }
     }
@@ -245,7 +263,7 @@ void check_small_block(const Sizes& s, int grid) {
     test.on_devices(s.num_ranks, [&](int r) {
         const int64_t rows = r == victim ? room : tables[r].received(s, r);
         return test.dispatch_kernel(r, inputs[r], inputs[r].routes(s.topk, true, true), tables[r],
-                                    rows, true);
+                                    rows, BlockSize::kExact);
     });
     int counted = 0;
     for (int r = 0; r < s.num_ranks; ++r) {
@@ -327,7 +345,7 @@ void check_absent_rank(const Sizes& s, int grid) {
             if (op == Op::kNormalNotify) return test.notify_kernel(r, inputs[r], tables[r]);
             if (op == Op::kNormalDispatch) {
                 return test.dispatch_kernel(r, inputs[r], inputs[r].routes(s.topk, true, true),
-                                            tables[r], tables[r].received(s, r), true);
+                                            tables[r], tables[r].received(s, r), BlockSize::kExact);
             }
             const NormalCombine work{reinterpret_cast<const uint8_t*>(y.data()),
                                      s.row_bytes,

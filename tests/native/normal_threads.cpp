@@ -154,7 +154,8 @@ class Rank {
         self_.dispatch({reinterpret_cast<const uint8_t*>(mine.x.data()), kRowBytes, kRowBytes,
                         mine.scales.data(), 1, mine.num_tokens, kScales, mine.num_tokens},
                        {mine.topk_idx.data(), 8, mine.weights.data(), kTopk}, kExperts,
-                       {prefix_, position_}, offset, rows, exact);
+                       {prefix_, position_}, offset, rows,
+                       exact ? normal::BlockSize::kExact : normal::BlockSize::kPadded);
     }
 
     void check_block(int64_t rows, int64_t offset, bool exact) {
@@ -167,8 +168,8 @@ class Rank {
         for (size_t i = 0; i < arrived_.size(); ++i) {
             const Arrival& a = arrived_[i];
             const Input& in = inputs_[a.source];
-            CHECK(std::memcmp(block + i * kRowBytes, in.x.data() + a.token * kHidden, kRowBytes) ==
-                  0);
+            CHECK(std::memcmp(block + at.x + i * kRowBytes, in.x.data() + a.token * kHidden,
+                              kRowBytes) == 0);
             CHECK(tokens[i] == a.token);
             for (int g = 0; g < kScales; ++g) {
                 CHECK(scales[i * kScales + g] == in.scales[g * in.num_tokens + a.token]);

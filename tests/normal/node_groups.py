@@ -11,6 +11,7 @@ from expect import bits
 from programs import POISON
 from ranks import Group, Place
 
+from ep_runtime.native import _C
 from ep_runtime.normal import NormalBuffer, NormalHandle, reference
 from ep_runtime.normal.handles import NodeRouting
 from ep_runtime.normal.reference import ExpectedRows, RankTokens
@@ -135,21 +136,22 @@ def goes_to_node(
 # ---- programs -----------------------------------------------------------------------------------
 
 
-def crossed(buffer: NormalBuffer, handle_of: Any, row_bytes: int) -> tuple[int, torch.Tensor]:
-    """(rail rows that this rank counted, uint8 [rows, row_bytes] of its rail's receive memory that
-    was written since it was poisoned)."""
+def crossed(
+    buffer: NormalBuffer, handle_of: Any, row_bytes: int, num_scales: int, topk: int
+) -> tuple[int, torch.Tensor]:
+    """(rail rows that this rank counted, uint8 [rows, row_bytes]: those in its rail's receive
+    memory, behind which nothing was written since it was poisoned). Of an exact dispatch."""
     import programs
 
     routing: NodeRouting | None = programs.kept(buffer, handle_of).handle.nodes
     assert routing is not None
-    rail = buffer._parts[0]
-    capacity = rail._heap.sizes.staging // row_bytes
-    block = rail._heap.view(0, capacity * row_bytes, None).view(capacity, row_bytes).cpu()
     counted = routing.rail_rows
-    written = (block != POISON).any(1).nonzero().flatten()
-    # What comes behind the rows are their descriptions: the rows are those that were counted.
-    assert written[:counted].tolist() == list(range(counted))
-    return counted, block[:counted].clone()
+    heap = buffer._parts[0]._heap
+    memory = heap.view(0, heap.sizes.staging, None).cpu()
+    begin = _C.normal_block(counted, row_bytes, num_scales, topk)["x"]
+    end = begin + counted * row_bytes
+    assert (memory[end:] == POISON).all()
+    return counted, memory[begin:end].view(counted, row_bytes).clone()
 
 
 def handle_tables(buffer: NormalBuffer) -> tuple[torch.Tensor, ...]:

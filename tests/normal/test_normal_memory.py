@@ -91,6 +91,44 @@ def test_pool_exhaustion_copies_and_loses_nothing(
     send(group, rng)
 
 
+def keep_on_rank_0(buffer: NormalBuffer, name: str) -> None:
+    if buffer.rank:
+        programs.drop(buffer, name)
+
+
+def test_exact_dispatches_hold_what_came_and_no_more(
+    open_group: OpenGroup, place: Place, rng: torch.Generator
+) -> None:
+    """They are sent before anybody knows how much comes, where there is room for the most."""
+    ranks = place.num_ranks
+    group = open_group(**SIZES)
+    inputs = [random_tokens(rng, 3, 256, 4, EXPERTS, idle=0) for _ in range(ranks)]
+    rows = [x.shape[0] for x in group.run(hold, [(one, "x") for one in inputs])]
+    described = block_bytes(ranks * 16, 0, 0, 4)
+    for (in_use, copied, _), came in zip(group.run(use_of), rows, strict=True):
+        assert in_use == described + 512 * came
+        assert copied == 0
+
+
+def test_a_rank_without_room_waits_for_counts_while_others_send_ahead(
+    open_group: OpenGroup, place: Place, rng: torch.Generator
+) -> None:
+    ranks = place.num_ranks
+    most = block_bytes(ranks * 16, 512, 0, 4)
+    group = open_group(**SIZES, pool_bytes=most)
+    inputs = [random_tokens(rng, 2, 256, 4, EXPERTS, idle=0) for _ in range(ranks)]
+    group.run(hold, [(one, "x") for one in inputs])
+    group.run(keep_on_rank_0, [("x",)] * ranks)
+    for _ in range(4):
+        send(group, rng)
+        group.run(programs.drop, [("last",)] * ranks)
+    assert [use[1] for use in group.run(use_of)][1:] == [0] * (ranks - 1)
+    group.run(programs.forget)
+    large = [random_tokens(rng, 100, 256, 4, EXPERTS, idle=0) for _ in range(ranks)]
+    got = group.run(programs.dispatch_with, [(one, {"num_experts": EXPERTS}) for one in large])
+    check_received(got, large, EXPERTS)  # more than anybody has room for: sent once more
+
+
 def test_no_pool_at_all(open_group: OpenGroup, place: Place, rng: torch.Generator) -> None:
     group = open_group(**SIZES, pool_bytes=0)
     for _ in range(3):
@@ -202,7 +240,7 @@ def test_received_tensors_outlive_the_buffer(place: Place, rng: torch.Generator)
 
 
 def test_the_pool_gives_out_every_byte_once() -> None:
-    """Random blocks come and go; no two overlap, and all of it comes back."""
+    """Random blocks come, some are shortened, and go; no two overlap, and all of it comes back."""
     rng = torch.Generator()
     rng.seed()
     pool = Pool(256, 128 * 100)
@@ -220,6 +258,12 @@ def test_the_pool_gives_out_every_byte_once() -> None:
         assert new.offset % 128 == 0
         assert new.offset >= 256
         assert new.offset + new.num_bytes <= 256 + 128 * 100
+        if torch.rand((), generator=rng) < 0.5:
+            before = pool.in_use - new.num_bytes
+            size = int(torch.randint(size + 1, (), generator=rng))
+            pool.shorten(new, size)
+            assert new.num_bytes == max(128, -(-size // 128) * 128)
+            assert pool.in_use == before + new.num_bytes
         for start, end, _ in alive:
             assert new.offset + new.num_bytes <= start or end <= new.offset
         alive.append((new.offset, new.offset + new.num_bytes, new))
@@ -227,6 +271,20 @@ def test_the_pool_gives_out_every_byte_once() -> None:
         pool.give_back(block, None)  # type: ignore[arg-type]
     assert pool.in_use == 0
     assert pool.allocate(128 * 100, capturing=False) is not None
+
+
+def test_events_of_a_shortened_block_stay_with_both_parts() -> None:
+    pool = Pool(0, 384)
+    block = pool.allocate(384, capturing=False)
+    assert block is not None
+    pool.give_back(block, (1, "event"))
+    again = pool.allocate(384, capturing=False)
+    assert again is not None
+    pool.shorten(again, 100)
+    rest = pool.allocate(256, capturing=False)
+    assert rest is not None
+    assert (again.num_bytes, rest.offset) == (128, 128)
+    assert set(again.uses) == set(rest.uses) == {1}
 
 
 def test_memory_of_captures_serves_captures_alone() -> None:

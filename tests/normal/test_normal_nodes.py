@@ -158,7 +158,8 @@ def test_each_token_crosses_once_per_node(
             programs.dispatch_with, [(one, {"num_experts": experts}) for one in inputs]
         )
         row_bytes = inputs[0].x.element_size() * 256
-        came = pair.layered.run(node_groups.crossed, [("last", row_bytes)] * ranks)
+        groups = 0 if inputs[0].scales is None else inputs[0].scales.shape[1]
+        came = pair.layered.run(node_groups.crossed, [("last", row_bytes, groups, 8)] * ranks)
         goes = goes_to_node(inputs, experts, nodes.num_nodes)
         for rank, (counted, block) in enumerate(came):
             node, local = divmod(rank, nodes.ranks_per_node)
