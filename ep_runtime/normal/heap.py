@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +48,16 @@ class HeapSizes:
 
 
 class _Owner:
-    """Bytes of a data heap as numpy and torch see them; the block goes back when it dies."""
+    """Bytes of a data heap as numpy and torch see them; the block goes back when it dies.
 
-    def __init__(self, address: int, num_bytes: int, on_host: bool) -> None:
+    Holds the heap as well: tensors outlive a heap that was replaced, and the Buffer.
+    """
+
+    def __init__(
+        self, heap: DataHeap, address: int, num_bytes: int, on_host: bool, block: Block | None
+    ) -> None:
+        self._heap = heap
+        self._block = block
         interface = {
             "shape": (num_bytes,),
             "typestr": "|u1",
@@ -61,6 +68,10 @@ class _Owner:
             self.__array_interface__ = interface
         else:
             self.__cuda_array_interface__ = interface
+
+    def __del__(self) -> None:
+        if self._block is not None and not sys.is_finalizing():
+            self._heap.give_back(self._block)
 
 
 class DataHeap:
@@ -82,10 +93,7 @@ class DataHeap:
     def view(self, offset: int, num_bytes: int, block: Block | None) -> torch.Tensor:
         """uint8 [num_bytes] at `offset`. With a block: owns it, and all its views do."""
         on_host = self._device.type == "cpu"
-        owner = _Owner(self._own + offset, num_bytes, on_host)
-        if block is not None:
-            # Holds the heap as well: tensors outlive a heap that was replaced, and the Buffer.
-            weakref.finalize(owner, self.give_back, block).atexit = False
+        owner = _Owner(self, self._own + offset, num_bytes, on_host, block)
         if on_host:
             return torch.from_numpy(np.asarray(owner))
         return torch.as_tensor(owner, device=self._device)

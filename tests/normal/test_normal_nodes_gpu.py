@@ -85,7 +85,7 @@ def test_processes_that_share_a_gpu_match_the_reference(mps: dict[str, str], bet
         inputs = [random_tokens(rng, 40, 256, 8, EXPERTS) for _ in range(RANKS)]
         group.run(programs.poison)
         group.run(programs.dispatch_with, [(one, {"num_experts": EXPERTS}) for one in inputs])
-        came = group.run(node_groups.crossed, [("last", 512)] * RANKS)
+        came = group.run(node_groups.crossed, [("last", 512, 0, 8)] * RANKS)
         goes = node_groups.goes_to_node(inputs, EXPERTS, RANKS // PER_NODE)
         for rank, (counted, _) in enumerate(came):
             node, local = divmod(rank, PER_NODE)
