@@ -2,118 +2,35 @@
 // token's rows as their chunks arrive. FP32, ranks in order, rounded to BF16 once.
 #pragma once
 
-#include "cuda/normal_combine_send.cuh"
+#include "cuda/normal_arrivals.cuh"
 #include "cuda/sums.cuh"
 
 namespace ep::normal {
 
-// What rank d's lane knows about d's rows for this rank; ranks 32 and on in later rounds.
-struct Arrivals {
-    int32_t first[kRounds];  // in the inbox; of this rank itself: in x
-    int32_t per_chunk[kRounds];
-
-    __device__ __forceinline__ void find(const CombineArgs& a) {
-        const int num_ranks = a.group.num_ranks(), me = a.group.rank();
-        const int32_t* prefix = a.tables.rank_prefix;
-        int before = 0;
-#pragma unroll
-        for (int j = 0; j < kRounds; ++j) {
-            const int d = lane_of() + 32 * j;
-            const int rows = d < num_ranks ? tokens_between(prefix, num_ranks, me, d) : 0;
-            const int counted = d == me ? 0 : rows;
-            int sum = counted;  // inclusive over the lanes
-#pragma unroll
-            for (int delta = 1; delta < 32; delta *= 2) {
-                const int lower = __shfl_up_sync(kFullWarp, sum, delta);
-                if (lane_of() >= delta) sum += lower;
-            }
-            first[j] = d == me ? tokens_before(prefix, num_ranks, me, me) : before + sum - counted;
-            per_chunk[j] = chunk_rows(rows);
-            before += __shfl_sync(kFullWarp, sum, 31);
-        }
-        in_inbox = before;
-    }
-    int32_t in_inbox;  // rows of all ranks
-};
-
-// A token's row at rank d, on d's lane: -1 where there is none.
-struct Places {
-    int64_t row[kRounds];
-
-    // Waits until the rows are there. Whole warps; false: gave up.
-    __device__ __forceinline__ bool find(const CombineArgs& a, const Arrivals& arrivals,
-                                         Watch& watch, const Positions& positions, uint64_t epoch) {
-        const Group& group = a.group;
-#pragma unroll
-        for (int j = 0; j < kRounds; ++j) {
-            const int d = lane_of() + 32 * j, position = positions.at[j];
-            row[j] = -1;
-            if (32 * j >= group.num_ranks()) continue;
-            const uint64_t* word = nullptr;
-            if (position >= 0) {
-                row[j] = static_cast<int64_t>(arrivals.first[j]) + position;
-                if (d == group.rank()) {
-                    row[j] = a.work.row(row[j]);
-                } else {
-                    word = group.chunk(group.rank(), d, position / arrivals.per_chunk[j]);
-                }
-            }
-            if (!await_words(watch, word, d, epoch)) return false;
-        }
-        return true;
-    }
-};
-
-// Whole warps: takes the next lane with a row out of `left`, and its row; -1: none.
-__device__ __forceinline__ int64_t next_row(unsigned& left, int64_t row, int& lane) {
-    lane = left == 0 ? 0 : __ffs(left) - 1;
-    const int64_t found = __shfl_sync(kFullWarp, row, lane);
-    if (left == 0) return -1;
-    left &= left - 1;
-    return found;
-}
-
-// One warp: a token's top-k weights, summed over ranks.
-__device__ __forceinline__ void reduce_weights(const CombineArgs& a, const float* inbox_weights,
-                                               const Places& places, int64_t token) {
-    const int topk = a.work.topk, lane = lane_of();
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kRounds; ++j) {
-        unsigned left = __ballot_sync(kFullWarp, places.row[j] >= 0);
-#pragma unroll 1
-        while (left != 0) {
-            int from = 0;
-            const int64_t row = next_row(left, places.row[j], from);
-            const float* given =
-                from + 32 * j == a.group.rank() ? a.work.topk_weights : inbox_weights;
-            if (lane < topk) sum += given[row * topk + lane];
-        }
-    }
-    if (lane < topk) a.work.out_weights[token * topk + lane] = sum;
-}
-
 // One part of a token's sum, lane by lane a vector of every 32.
 struct PartSum {
-    static constexpr int kVectors = static_cast<int>(ceil_div(kReduceBytes, 32 * 16));
+    static constexpr int kVectors = kReduceBytes / ReduceRing::kStep;
     Sum8 sum[kVectors];
 
-    __device__ __forceinline__ void add(const uint8_t* part, int num_vectors) {
-        ptx::Vector v[kVectors] = {};
+    // `part`: a stage, from this lane's first vector on. Sums of what was not loaded are of
+    // whatever lies there; nobody stores them.
+    __device__ __forceinline__ void add(const uint8_t* part) {
+        ptx::Vector v[kVectors];
 #pragma unroll
         for (int u = 0; u < kVectors; ++u) {
-            const int i = lane_of() + 32 * u;
-            if (i < num_vectors) v[u] = reinterpret_cast<const ptx::Vector*>(part)[i];
+            v[u] = *reinterpret_cast<const ptx::Vector*>(part + u * ReduceRing::kStep);
         }
-        // What was not loaded adds +0, which changes nothing: a sum begins as +0.
 #pragma unroll
         for (int u = 0; u < kVectors; ++u) sum[u].add(1.0f, v[u]);
     }
+    template <bool kWhole>
     __device__ __forceinline__ void store(uint8_t* to, int num_vectors) const {
+        to += 16 * lane_of();
+        num_vectors -= lane_of();
 #pragma unroll
         for (int u = 0; u < kVectors; ++u) {
-            const int i = lane_of() + 32 * u;
-            if (i < num_vectors) reinterpret_cast<ptx::Vector*>(to)[i] = sum[u].vector();
+            if (!kWhole && 32 * u >= num_vectors) continue;
+            *reinterpret_cast<ptx::Vector*>(to + u * ReduceRing::kStep) = sum[u].vector();
         }
     }
 };
@@ -121,16 +38,18 @@ struct PartSum {
 // A reducing warp's tokens, in the order in which their rows are sent. The copy engine fetches the
 // terms of the sums (biases, then rows in rank order) part by part, as far ahead as there are
 // stages, each token's when all its rows have come.
+//
+// kWhole: all parts fill a stage, which spares a step a seventh of its instructions.
+template <bool kWhole>
 struct Reducer {
     const CombineArgs& a;
     ReduceRing ring;
+    const CombineScratch& scratch;
     const uint8_t** terms;  // of the token being fetched
     Claims claims;
     Watch watch;
     uint64_t epoch;
     const uint8_t* inbox;
-    const float* inbox_weights = nullptr;
-    Arrivals arrivals{};
     Positions positions{};  // of the token to fetch next
     bool ok = true;
     int32_t listed = 0;  // tokens with terms; what must be known of the i-th is on lane i % 32
@@ -147,15 +66,14 @@ struct Reducer {
         const int warp = warp_of() - kFirstReducer;
         Reducer r{a,
                   ReduceRing::carve(scratch.reduce_stages, warp),
+                  scratch,
                   scratch.terms + warp * kMostTerms,
                   Claims::start(a.group, kCombineTokens, warp, kReduceWarps),
                   Watch{a.group.waits, Op::kNormalCombine},
                   epoch,
                   a.group.data[a.group.rank()] + a.work.inbox_offset};
-        r.arrivals.find(a);
-        const auto layout = InboxLayout::make(r.arrivals.in_inbox, a.work.hidden, a.work.topk);
-        r.inbox_weights = reinterpret_cast<const float*>(r.inbox + layout.topk_weights);
         r.look_up(r.claims[0]);
+        r.claims.take();
         r.next_token();
         return r;
     }
@@ -165,6 +83,11 @@ struct Reducer {
     __device__ __forceinline__ const uint8_t* row_at(int rank, int64_t row) const {
         return rank == a.group.rank() ? a.work.x + row * a.work.stride_bytes
                                       : inbox + row * 2 * a.work.hidden;
+    }
+    __device__ __forceinline__ const float* inbox_weights() const {
+        const int rows = scratch.sources[a.group.rank()].in_inbox;
+        const auto layout = InboxLayout::make(rows, a.work.hidden, a.work.topk);
+        return reinterpret_cast<const float*>(inbox + layout.topk_weights);
     }
     // Lists the terms of `token`.
     __device__ __forceinline__ void list_terms(const Places& places) {
@@ -209,7 +132,7 @@ struct Reducer {
             token = claims[++index];
             if (token >= a.work.num_tokens) return;
             Places places;
-            ok = places.find(a, arrivals, watch, positions, epoch);
+            ok = places.find(a, scratch.arrivals, watch, positions, epoch);
             if (!ok) {
                 token = a.work.num_tokens;
                 return;
@@ -217,13 +140,18 @@ struct Reducer {
             claims.take();
             look_up(claims[index + 1]);
             list_terms(places);
-            if (a.work.out_weights != nullptr) reduce_weights(a, inbox_weights, places, token);
+            if (a.work.out_weights != nullptr) reduce_weights(a, inbox_weights(), places, token);
         }
     }
+    __device__ __forceinline__ int offset_of(int p) const {
+        return p * (kWhole ? kReduceBytes : a.parts.bytes);
+    }
+    __device__ __forceinline__ int bytes_of(int p) const {
+        return kWhole ? kReduceBytes : a.parts.bytes_of(p);
+    }
     __device__ __forceinline__ void load_next() {
-        if (token >= a.work.num_tokens) return ring.load(nullptr, 0);
-        ring.load(terms[term] + static_cast<int64_t>(part) * a.parts.bytes,
-                  a.parts.bytes_of(part, 2LL * a.work.hidden) / 16);
+        if (token >= a.work.num_tokens) return ring.template load<kWhole>(nullptr, 0);
+        ring.template load<kWhole>(terms[term] + offset_of(part), bytes_of(part) / 16);
         if (++term < wanted) return;
         term = 0;
         if (++part < a.parts.count) return;
@@ -235,14 +163,13 @@ struct Reducer {
         uint8_t* out = out_of(__shfl_sync(kFullWarp, listed_token, i & 31));
 #pragma unroll 1
         for (int p = 0; p < a.parts.count; ++p) {
-            const int num_vectors = a.parts.bytes_of(p, 2LL * a.work.hidden) / 16;
             PartSum sum;
 #pragma unroll 1
             for (int t = 0; t < count; ++t) {
                 load_next();
-                sum.add(ring.await(), num_vectors);
+                sum.add(ring.await());
             }
-            sum.store(out + static_cast<int64_t>(p) * a.parts.bytes, num_vectors);
+            sum.template store<kWhole>(out + offset_of(p), bytes_of(p) / 16);
         }
     }
     // False: gave up, with the sums of what had come.
@@ -259,25 +186,28 @@ struct Reducer {
 __device__ __forceinline__ void combine(const CombineArgs& a, uint8_t* smem) {
     ptx::await_previous_kernel();
     const Group& group = a.group;
-    const CombineScratch scratch = CombineScratch::carve(smem);
+    const CombineScratch scratch = CombineScratch::carve(smem, group.num_ranks());
     const uint64_t epoch = group.state->combined + 1;  // the last CTA moves it on
     if (blockIdx.x == 0 && warp_of() == 0) {
         publish_credit(group, group.control.combine_credit_offset, {a.work.inbox_offset, 0, epoch});
     }
-    bool ok = may_run(group, Op::kNormalCombine);
+    find_sources(a, scratch.sources);
+    if (threadIdx.x < kSendWarps) {
+        Outbox& outbox = scratch.outboxes[threadIdx.x];
+        outbox.sent = outbox.told = 0;
+    }
+    bool ok = may_run(group, Op::kNormalCombine);  // its barrier is that of the scratch too
     if (ok) {
-        find_sources(a, scratch.sources);
-        if (threadIdx.x < kSendWarps) {
-            Outbox& outbox = scratch.outboxes[threadIdx.x];
-            outbox.sent = outbox.told = 0;
-        }
-        __syncthreads();
         if (warp_of() < kSendWarps) {
             ok = send_chunks(a, scratch, epoch);
         } else if (warp_of() == kAnnouncer) {
             announce(scratch.outboxes, sending_warps(static_cast<int>(gridDim.x)), epoch);
         } else {
-            ok = Reducer::start(a, scratch, epoch).run();
+            if (warp_of() == kFirstReducer) find_arrivals(a, scratch.arrivals);
+            ptx::sync_some<2, 32 * kReduceWarps>();  // not the sending warps, which begin before
+            const bool whole = a.parts.bytes == kReduceBytes && a.parts.last == kReduceBytes;
+            ok = whole ? Reducer<true>::start(a, scratch, epoch).run()
+                       : Reducer<false>::start(a, scratch, epoch).run();
         }
     }
     ptx::allow_next_kernel();  // not before: until then it would hold SMs that are not ours

@@ -24,6 +24,12 @@ struct Homeward {
     int32_t in_inbox;  // rows of that inbox, of all ranks
 };
 
+// A rank's rows for this one.
+struct Arrival {
+    int32_t first;  // in the inbox; of this rank itself: in x
+    int32_t per_chunk;
+};
+
 // A piece in a stage of a sending warp.
 struct Sent {
     int32_t source;
@@ -39,6 +45,7 @@ struct CombineScratch {
     Sent* sent;  // [kCombineStages], beside the stages
     Outbox* outboxes;  // [kSendWarps]
     Homeward* sources;  // [R]
+    Arrival* arrivals;  // [R]
 
     static constexpr int kReduce = kCombineStages * (kSendBytes + 8);
     static constexpr int kTerms = kReduce + ReduceRing::bytes(kReduceWarps);
@@ -47,15 +54,17 @@ struct CombineScratch {
     static constexpr int kSources = kOutboxes + kSendWarps * static_cast<int>(sizeof(Outbox));
 
     static EP_HD int bytes(int num_ranks) {
-        return kSources + num_ranks * static_cast<int>(sizeof(Homeward));
+        return kSources + num_ranks * static_cast<int>(sizeof(Homeward) + sizeof(Arrival));
     }
-    static __device__ __forceinline__ CombineScratch carve(uint8_t* smem) {
+    static __device__ __forceinline__ CombineScratch carve(uint8_t* smem, int num_ranks) {
+        auto* sources = reinterpret_cast<Homeward*>(smem + kSources);
         return {smem,
                 smem + kReduce,
                 reinterpret_cast<const uint8_t**>(smem + kTerms),
                 reinterpret_cast<Sent*>(smem + kSent),
                 reinterpret_cast<Outbox*>(smem + kOutboxes),
-                reinterpret_cast<Homeward*>(smem + kSources)};
+                sources,
+                reinterpret_cast<Arrival*>(sources + num_ranks)};
     }
 };
 
@@ -88,29 +97,40 @@ __device__ __forceinline__ void find_sources(const CombineArgs& a, Homeward* sou
 // The sources' inboxes as a warp has found them so far; source s is on lane s % 32.
 struct Inboxes {
     int64_t offset[kRounds] = {};  // in the source's data heap, and 1 more; 0: not known
+    int32_t last = -1;  // the source that was asked for last, and its inbox: mostly it is next too
+    uint8_t* at = nullptr;
 
     // Waits for the source's credit, the first time. It cannot be of a later epoch: the source goes
     // on only with all rows, and some of them are this warp's. Whole warps; nullptr: gave up.
     __device__ __forceinline__ uint8_t* open(const Group& group, Watch& watch, int source,
                                              int64_t bytes, uint64_t epoch) {
-        int64_t mine = offset[0];
+        if (source == last) return at;
+        at = find(group, watch, source, bytes, epoch);
+        last = source;
+        return at;
+    }
+    __device__ __forceinline__ uint8_t* find(const Group& group, Watch& watch, int source,
+                                             int64_t bytes, uint64_t epoch) {
+        int64_t known = 0;
 #pragma unroll
-        for (int j = 1; j < kRounds; ++j) mine = source / 32 == j ? offset[j] : mine;
-        const int64_t known = __shfl_sync(kFullWarp, mine, source % 32);
+        for (int j = 0; j < kRounds; ++j) {  // values, not an index: registers have none
+            const int64_t there = __shfl_sync(kFullWarp, offset[j], source % 32);
+            if (source / 32 == j) known = there;
+        }
         if (known != 0) return group.data[source] + known - 1;
         const Credit* credit =
             group.credit(group.control.combine_credit_offset, group.rank(), source);
-        if (!await_words(watch, &credit->epoch, source, epoch)) return nullptr;
+        Credit found{};
+        if (!await_credits(watch, credit, source, epoch, found)) return nullptr;
         bool ok = true;
-        if (lane_of() == 0) ok = check_credit(group, Op::kNormalCombine, source, *credit, bytes);
+        if (lane_of() == 0) ok = check_credit(group, Op::kNormalCombine, source, found, bytes);
         if (__any_sync(kFullWarp, !ok)) return nullptr;
-        const int64_t found = credit->offset;
 #pragma unroll
         for (int j = 0; j < kRounds; ++j) {
-            if (lane_of() + 32 * j == source) offset[j] = found + 1;
+            if (lane_of() + 32 * j == source) offset[j] = found.offset + 1;
         }
         ptx::fence_async();  // the copies that follow come after it too
-        return group.data[source] + found;
+        return group.data[source] + found.offset;
     }
 };
 
@@ -128,8 +148,8 @@ __device__ __forceinline__ void send_weights(const CombineArgs& a, const Homewar
 template <int kWarps>
 struct ChunkSender {
     static constexpr int kStages = kCombineStages / kWarps;
-    static constexpr int kAhead = kStages / 2;
-    static constexpr int kLag = kWarps == 1 ? 2 : kWarps == 2 ? 3 : 4;  // pieces on their way
+    static constexpr int kAhead = kWarps == kSendWarps ? 2 : 3;  // more: held when others are done
+    static constexpr int kLag = kWarps == 1 ? 1 : kWarps == 2 ? 3 : 4;  // pieces on their way
 
     const CombineArgs& a;
     const CombineScratch& scratch;
@@ -161,6 +181,7 @@ struct ChunkSender {
         s.seek();
 #pragma unroll 1
         for (int i = 0; i < kAhead; ++i) s.load_next();
+        s.claims.take();  // not before: the first loads would wait for the counter
         return s;
     }
     // To the next chunk with rows: sources with few rows have none of the later ones.
@@ -193,7 +214,7 @@ struct ChunkSender {
         const int64_t row = a.work.row(scratch.sources[next.source].first + next.row);
         ring.load(a.work.x + row * a.work.stride_bytes +
                       static_cast<int64_t>(next.piece) * a.pieces.bytes,
-                  a.pieces.bytes_of(next.piece, 2LL * a.work.hidden));
+                  a.pieces.bytes_of(next.piece));
         if (next.piece++ < last) return;
         next.piece = 0;
         if (++next.row < end) return;
@@ -210,8 +231,7 @@ struct ChunkSender {
         if (lane_of() == 0) {
             ptx::start_store(inbox + (home.to + what.row) * row_bytes +
                                  static_cast<int64_t>(what.piece) * a.pieces.bytes,
-                             stage,
-                             static_cast<uint32_t>(a.pieces.bytes_of(what.piece, row_bytes)));
+                             stage, static_cast<uint32_t>(a.pieces.bytes_of(what.piece)));
             if (what.chunk >= 0) {
                 underway.add(a.group.chunk(what.source, a.group.rank(), what.chunk));
             }
@@ -220,7 +240,9 @@ struct ChunkSender {
     }
     // Returns when all has arrived. False: gave up.
     __device__ __forceinline__ bool send(uint64_t epoch) {
-        Watch watch{a.group.waits, Op::kNormalCombine};
+        // Its time begins before that of the reducing warps: those may wait for a rank that waits
+        // here itself, and the fault must name the one that is missing.
+        Watch watch{a.group.waits, Op::kNormalCombine, Watch::kPollsPerCheck * 3 / 4};
         Inboxes inboxes;
         Underway<kLag> underway;
         Outbox& outbox = scratch.outboxes[warp_of()];

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/lines.cuh"
-#include "cuda/normal_steps.cuh"
+#include "cuda/normal_places.cuh"
 
 namespace ep::normal {
 
@@ -38,14 +38,14 @@ __device__ __forceinline__ void take_sums(const LayoutArgs& a) {
 
 // At least one CTA, a thread a token.
 __device__ __forceinline__ void layout(const LayoutArgs& a, uint8_t* smem) {
-    ptx::await_previous_kernel();
-    ptx::allow_next_kernel();
     const Group& group = a.group;
     const int num_experts = group.waits.num_experts, num_ranks = group.num_ranks();
     auto* experts = reinterpret_cast<int32_t*>(smem);
     int32_t* ranks = experts + num_experts;
     for (int i = threadIdx.x; i < num_experts + num_ranks; i += kCountThreads) experts[i] = 0;
     __syncthreads();
+    ptx::await_previous_kernel();
+    ptx::allow_next_kernel();
     int dropped = 0;
     int64_t bad = 0;
     const int step = static_cast<int>(gridDim.x) * kCountThreads;
@@ -213,60 +213,6 @@ __device__ __forceinline__ void report_counts(const NotifyArgs& a, uint64_t epoc
     // The host polls it; what the other threads wrote comes before, through the barrier.
     if (threadIdx.x == 0) {
         ptx::store_release_sys(&a.host_counts[at.ready()], static_cast<int32_t>(epoch));
-    }
-}
-
-// Tokens before `tokens` that go to each rank; whole CTAs. Each thread stays with one rank's
-// column.
-__device__ __forceinline__ void count_earlier(const NotifyArgs& a, int64_t tokens,
-                                              int32_t* earlier) {
-    const int num_ranks = a.group.num_ranks();
-    for (int r = threadIdx.x; r < num_ranks; r += kCountThreads) earlier[r] = 0;
-    __syncthreads();
-    const int step = kCountThreads / num_ranks * num_ranks;
-    const int first = static_cast<int>(threadIdx.x);
-    if (first < step) {
-        int32_t count = 0;
-#pragma unroll 8
-        for (int64_t i = first; i < tokens * num_ranks; i += step) {
-            count += a.layout.is_token_in_rank[i] != 0;
-        }
-        if (count != 0) atomicAdd(&earlier[first % num_ranks], count);
-    }
-    __syncthreads();
-}
-
-// The other CTAs: a stretch of tokens each, a warp a rank.
-__device__ __forceinline__ void place_tokens(const NotifyArgs& a, int32_t* earlier) {
-    constexpr int kInFlight = 8;
-    const int num_ranks = a.group.num_ranks();
-    const int64_t begin = static_cast<int64_t>(blockIdx.x - 1) * a.stretch;
-    const int64_t end = min(a.num_tokens, static_cast<int>(begin) + a.stretch);
-    if (begin >= end) return;
-    count_earlier(a, begin, earlier);
-#pragma unroll 1
-    for (int r = warp_of(); r < num_ranks; r += kCountThreads / 32) {
-        int32_t position = earlier[r];
-#pragma unroll 1
-        for (int64_t base = begin; base < end; base += 32 * kInFlight) {
-            bool goes[kInFlight];
-#pragma unroll
-            for (int j = 0; j < kInFlight; ++j) {
-                const int64_t token = base + 32 * j + lane_of();
-                goes[j] = token < end && a.layout.is_token_in_rank[token * num_ranks + r] != 0;
-            }
-#pragma unroll
-            for (int j = 0; j < kInFlight; ++j) {
-                const int64_t token = base + 32 * j + lane_of();
-                const unsigned who = __ballot_sync(kFullWarp, goes[j]);
-                const int before = __popc(who & ((1u << lane_of()) - 1));
-                if (token < end) {
-                    a.tables.send_position[token * num_ranks + r] =
-                        goes[j] ? position + before : -1;
-                }
-                position += __popc(who);
-            }
-        }
     }
 }
 

@@ -47,6 +47,7 @@ struct RowSender {
         RowSender s{a, {}, Claims::start(a.group, kDispatchTokens, warp_of(), kWarps)};
         s.ring = s.ring.carve(stages, warp_of(), kWarps);
         s.token = s.claims[0];
+        s.claims.take();
         s.ring.init();
 #pragma unroll 1
         for (int i = 0; i < kAhead; ++i) s.load_next();
@@ -57,7 +58,7 @@ struct RowSender {
         if (token >= a.rows.num_tokens) return;
         ring.load(
             a.rows.x + token * a.rows.stride_bytes + static_cast<int64_t>(piece) * a.pieces.bytes,
-            a.pieces.bytes_of(piece, a.rows.row_bytes));
+            a.pieces.bytes_of(piece));
         if (++piece < a.pieces.count) return;
         piece = 0;
         token = claims[++index];
@@ -85,7 +86,7 @@ struct RowSender {
     __device__ __forceinline__ void store_piece(const Target* targets,
                                                 const int64_t (&rows)[kRounds], int p) {
         const int64_t at = static_cast<int64_t>(p) * a.pieces.bytes;
-        const auto num_bytes = static_cast<uint32_t>(a.pieces.bytes_of(p, a.rows.row_bytes));
+        const auto num_bytes = static_cast<uint32_t>(a.pieces.bytes_of(p));
         const uint8_t* stage = ring.await();
 #pragma unroll
         for (int j = 0; j < kRounds; ++j) {
@@ -127,8 +128,8 @@ __device__ __forceinline__ bool find_targets(const DispatchArgs& a, uint64_t epo
     const int num_ranks = group.num_ranks(), me = group.rank();
     Watch watch{group.waits, Op::kNormalDispatch};
 #pragma unroll 1
-    for (int base = 0; base < num_ranks; base += 32) {
-        const int r = base + lane_of();
+    for (int base = 0; base < num_ranks; base += 16) {
+        const int r = base + lane_of() / 2;  // two lanes to a credit
         const Credit* credit =
             r < num_ranks ? group.credit(group.control.dispatch_credit_offset, me, r) : nullptr;
         int64_t first = 0, announced = 0;  // looked up while the credit is on its way
@@ -136,15 +137,15 @@ __device__ __forceinline__ bool find_targets(const DispatchArgs& a, uint64_t epo
             first = tokens_before(a.tables.rank_prefix, num_ranks, me, r);
             announced = first + tokens_between(a.tables.rank_prefix, num_ranks, me, r);
         }
-        const uint64_t* word = credit == nullptr ? nullptr : &credit->epoch;
-        if (!await_words(watch, word, r, epoch)) return false;
+        Credit found{};
+        if (!await_credits(watch, credit, r, epoch, found)) return false;
         bool ok = true;
-        if (credit != nullptr) {
-            const int64_t rows = min(credit->rows, group.data_bytes);
+        if (credit != nullptr && (lane_of() & 1) == 0) {
+            const int64_t rows = min(found.rows, group.data_bytes);
             const auto layout =
                 BlockLayout::make(rows, a.rows.row_bytes, a.rows.num_scales, a.routes.topk);
-            ok = check_credit(group, Op::kNormalDispatch, r, *credit, layout.bytes);
-            uint8_t* block = group.data[r] + credit->offset;
+            ok = check_credit(group, Op::kNormalDispatch, r, found, layout.bytes);
+            uint8_t* block = group.data[r] + found.offset;
             targets[r] = {block, block + layout.x, rows, first, min(announced, rows)};
         }
         if (__any_sync(kFullWarp, !ok)) return false;

@@ -82,15 +82,14 @@ inline constexpr int kRounds = static_cast<int>(ceil_div(kMaxRanks, 32));
 struct Pieces {
     int32_t count;
     int32_t bytes;
+    int32_t last;  // bytes of the last
 
-    EP_HD int bytes_of(int piece, int64_t row_bytes) const {
-        const int64_t left = row_bytes - static_cast<int64_t>(piece) * bytes;
-        return left < bytes ? static_cast<int>(left) : bytes;
-    }
+    EP_HD int bytes_of(int piece) const { return piece + 1 < count ? bytes : last; }
     static Pieces make(int64_t row_bytes, int stage_bytes) {
         const int64_t count = ceil_div(row_bytes, stage_bytes);
-        return {static_cast<int32_t>(count),
-                static_cast<int32_t>(round_up(ceil_div(row_bytes, count), kRowMultiple))};
+        const int64_t bytes = round_up(ceil_div(row_bytes, count), kRowMultiple);
+        return {static_cast<int32_t>(count), static_cast<int32_t>(bytes),
+                static_cast<int32_t>(row_bytes - (count - 1) * bytes)};
     }
 };
 

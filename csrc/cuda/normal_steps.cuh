@@ -2,6 +2,8 @@
 // shared-memory stages.
 #pragma once
 
+#include <cstddef>
+
 #include "cuda/normal_group.h"
 #include "cuda/watch.cuh"
 
@@ -49,16 +51,44 @@ __device__ __forceinline__ bool check_credit(const Group& group, Op op, int peer
 }
 
 // Tells every rank where this rank's block or inbox lies, and that nothing of the epochs before is
-// read there any more. One warp. Acquired by that rank's await_words.
+// read there any more: kernels that have ended did so. One warp. A line, since a release would wait
+// for the way to the peer and back before the epoch goes. Pairs with await_credits of that rank.
 __device__ __forceinline__ void publish_credit(const Group& group, int64_t offset,
                                                const Credit& mine) {
+    const int v = lane_of() & 7;
+    const auto first = static_cast<uint64_t>(mine.offset), rows = static_cast<uint64_t>(mine.rows);
+    const ptx::Vector vector{v == 0   ? first
+                             : v == 1 ? mine.epoch
+                                      : 0,
+                             v == 0   ? rows
+                             : v == 7 ? mine.epoch
+                                      : 0};
 #pragma unroll 1
-    for (int r = lane_of(); r < group.num_ranks(); r += 32) {
-        Credit* line = group.credit(offset, r, group.rank());
-        line->offset = mine.offset;
-        line->rows = mine.rows;
-        ptx::store_release_sys(&line->epoch, mine.epoch);
+    for (int r = lane_of() >> 3; r < group.num_ranks(); r += 4) {
+        auto* line = reinterpret_cast<uint8_t*>(group.credit(offset, r, group.rank()));
+        ptx::store_line_vector(line + 16 * v, vector);
     }
+}
+
+// Waits for a credit, the same on both lanes of a pair; nullptr: for none. They load the epoch and
+// what belongs to it at once, out of one sector, which comes whole. What is done with a credit are
+// stores to where it points, so they come after it. Whole warps; false: gave up.
+__device__ __forceinline__ bool await_credits(Watch& watch, const Credit* credit, int peer,
+                                              uint64_t epoch, Credit& found) {
+    static_assert(offsetof(Credit, rows) == 8 && offsetof(Credit, epoch) == 16);
+    const bool has_epoch = (lane_of() & 1) != 0;
+    const uint8_t* half = reinterpret_cast<const uint8_t*>(credit) + (has_epoch ? 16 : 0);
+    ptx::Vector v{0, 0};
+    while (true) {
+        if (credit != nullptr) v = ptx::load_line_vector(half);
+        const Missing missing{has_epoch && credit != nullptr && v.lo != epoch, peer, epoch, v.lo,
+                              half};
+        if (!__any_sync(kFullWarp, missing.waiting)) break;
+        if (watch.give_up([&] { return missing; })) return false;
+    }
+    found.offset = static_cast<int64_t>(__shfl_sync(kFullWarp, v.lo, lane_of() & ~1));
+    found.rows = static_cast<int64_t>(__shfl_sync(kFullWarp, v.hi, lane_of() & ~1));
+    return true;
 }
 
 // Every CTA of a kernel, at its end. True in the CTA that comes last, if no CTA gave up. It leaves
@@ -85,7 +115,7 @@ __device__ __forceinline__ bool finish(const Group& group, Ticket which,
 
 // Work that the warps of a kernel take as they go: not all SMs reach the link at the same speed. A
 // warp's item i is on lane i % 32. The first is the warp's own, later ones come from the counter;
-// each is asked for well before it is needed.
+// each is asked for well before it is needed, by a take() of the caller's.
 struct Claims {
     uint32_t* counter;
     int32_t shared;  // items that are some warp's own
@@ -96,10 +126,8 @@ struct Claims {
     static __device__ __forceinline__ Claims start(const Group& group, Ticket which, int warp,
                                                    int warps) {
         const auto ctas = static_cast<int32_t>(gridDim.x);
-        Claims claims{&group.state->tickets[which], ctas * warps,
-                      static_cast<int32_t>(blockIdx.x) + warp * ctas};
-        claims.take();
-        return claims;
+        return {&group.state->tickets[which], ctas * warps,
+                static_cast<int32_t>(blockIdx.x) + warp * ctas};
     }
     __device__ __forceinline__ void take() {
         if (lane_of() == (taken & 31)) item = shared + static_cast<int>(atomicAdd(counter, 1u));
@@ -182,6 +210,8 @@ struct Ring {
 template <int kStages, int kBytes>
 struct CopyRing {
     static constexpr int kAhead = kStages - 1;
+    static constexpr int kStep = 32 * 16;  // of a warp's vectors
+    static_assert(kBytes == 4 * kStep, "as start_copies has it");
 
     uint8_t* stages;
     int32_t filling = 0;
@@ -191,21 +221,22 @@ struct CopyRing {
     static __device__ __forceinline__ CopyRing carve(uint8_t* smem, int warp) {
         return {smem + warp * kStages * kBytes};
     }
-    // Vectors of `from`; 0: nothing, but it counts as a load.
+    // Vectors of `from`; 0: nothing, but it counts as a load. kWhole: as many as a stage has, or 0.
+    template <bool kWhole>
     __device__ __forceinline__ void load(const uint8_t* from, int num_vectors) {
-        uint8_t* to = stages + filling * kBytes;
-#pragma unroll
-        for (int u = 0; u < static_cast<int>(ceil_div(kBytes, 32 * 16)); ++u) {
-            const int i = lane_of() + 32 * u;
-            if (i < num_vectors) ptx::start_copy(to + 16 * i, from + 16 * i);
+        uint8_t* to = stages + filling * kBytes + 16 * lane_of();
+        if (!kWhole) {
+            ptx::start_copies(to, from + 16 * lane_of(), num_vectors - lane_of());
+        } else if (num_vectors != 0) {
+            ptx::start_four_copies(to, from + 16 * lane_of());
         }
         ptx::commit_copies();
         filling = filling + 1 == kStages ? 0 : filling + 1;
     }
-    // What this lane loaded kAhead loads ago.
+    // What this lane loaded kAhead loads ago, its first vector.
     __device__ __forceinline__ const uint8_t* await() {
         ptx::await_copies<kAhead>();
-        const uint8_t* at = stages + next_used * kBytes;
+        const uint8_t* at = stages + next_used * kBytes + 16 * lane_of();
         next_used = next_used + 1 == kStages ? 0 : next_used + 1;
         return at;
     }

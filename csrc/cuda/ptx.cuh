@@ -165,11 +165,35 @@ __device__ __forceinline__ void count_if(bool counts, int32_t* counter) {
         : "memory");
 }
 
-// 16 bytes from global to shared memory, of this thread and for it alone: part of its next
-// commit_copies().
-__device__ __forceinline__ void start_copy(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
-                 : "memory");
+// From global to shared memory, of this thread and for it alone: 16 bytes at both addresses, 512
+// behind them and so on, four times where `left` is beyond 96, the u-th where it is beyond 32 * u.
+// Part of the thread's next commit_copies(). One statement: left to the compiler, each copy has
+// addresses of its own to compute.
+__device__ __forceinline__ void start_copies(void* to, const void* from, int left) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p, q, r, s;\n"
+        "setp.gt.s32 p, %2, 0;\n"
+        "setp.gt.s32 q, %2, 32;\n"
+        "setp.gt.s32 r, %2, 64;\n"
+        "setp.gt.s32 s, %2, 96;\n"
+        "@p cp.async.cg.shared.global [%0], [%1], 16;\n"
+        "@q cp.async.cg.shared.global [%0 + 512], [%1 + 512], 16;\n"
+        "@r cp.async.cg.shared.global [%0 + 1024], [%1 + 1024], 16;\n"
+        "@s cp.async.cg.shared.global [%0 + 1536], [%1 + 1536], 16;\n"
+        "}" ::"r"(shared_address(to)),
+        "l"(from), "r"(left)
+        : "memory");
+}
+// All four.
+__device__ __forceinline__ void start_four_copies(void* to, const void* from) {
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;\n"
+        "cp.async.cg.shared.global [%0 + 512], [%1 + 512], 16;\n"
+        "cp.async.cg.shared.global [%0 + 1024], [%1 + 1024], 16;\n"
+        "cp.async.cg.shared.global [%0 + 1536], [%1 + 1536], 16;\n" ::"r"(shared_address(to)),
+        "l"(from)
+        : "memory");
 }
 __device__ __forceinline__ void commit_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");

@@ -18,6 +18,7 @@ namespace {
 
 using ep::host::NormalRank;
 using ep::normal::BlockLayout;
+using ep::normal::BlockSize;
 
 constexpr int kRanks = 4;
 constexpr int kExperts = 12;
@@ -155,7 +156,7 @@ class Rank {
                         mine.scales.data(), 1, mine.num_tokens, kScales, mine.num_tokens},
                        {mine.topk_idx.data(), 8, mine.weights.data(), kTopk}, kExperts,
                        {prefix_, position_}, offset, rows,
-                       exact ? normal::BlockSize::kExact : normal::BlockSize::kPadded);
+                       exact ? BlockSize::kExact : BlockSize::kPadded);
     }
 
     void check_block(int64_t rows, int64_t offset, bool exact) {
