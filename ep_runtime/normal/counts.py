@@ -86,7 +86,7 @@ class HostCounts:
                     rank=-1,
                     peer=-1,
                 )
-        return Counts(words[0], words[ready + 1], words[ready + 2], words[1:ready].tolist())
+        return Counts(words[0], words[ready + 1], words[ready + 2], list(words[1:ready]))
 
     def _has_begun(self) -> bool:
         return self._began is None or bool(

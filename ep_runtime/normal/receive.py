@@ -101,7 +101,8 @@ class Target:
         def part(name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
             # One step instead of a slice and two views, for each of five tensors.
             empty = torch.empty(0, dtype=dtype, device=base.device)
-            return empty.set_(memory, at[name] // dtype.itemsize, shape)
+            rows_apart = (*shape[1:], 1)  # of one or two dimensions
+            return empty.set_(memory, at[name] // dtype.itemsize, shape, rows_apart)
 
         scales = None
         if rows.scales is not None:

@@ -97,8 +97,8 @@ inline std::map<const emulator::Lane*, BulkStores> copies;
 inline void start_copies(void* to, const void* from, int left) {
     if (left > 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
     for (int u = 0; u < 4 && 32 * u < left; ++u) {
-        copies[emulator::current].open.push_back({static_cast<uint8_t*>(to) + 512 * u,
-                                                  static_cast<const uint8_t*>(from) + 512 * u, 16});
+        copies[emulator::current].open.push_back(
+            {static_cast<uint8_t*>(to) + 512 * u, static_cast<const uint8_t*>(from) + 512 * u, 16});
     }
 }
 inline void start_four_copies(void* to, const void* from) { start_copies(to, from, 128); }
