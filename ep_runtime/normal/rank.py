@@ -60,6 +60,7 @@ class NormalRank(Member):
         self._part = part
         self._parts: tuple[NormalRank, ...] = ()  # groups inside this one that this rank is in
         self._copy_told = False
+        self._most_received = 0  # rows of any rank, by any exact dispatch: all ranks know the same
         sizes = config.heap_sizes(self.num_ranks) if sizes is None else sizes
         self._heap = DataHeap(data, self.rank, sizes, device)
         self._retired: list[DataHeap] = []
@@ -133,6 +134,7 @@ class NormalRank(Member):
             one._ops.native.reset()
         self._reset_wire()
         _C.clear_faults(self._fault)
+        self._most_received = 0  # ranks that gave up did not learn what others did
         self._routing_told = 0
         self.set_time_budget(self._budget_s)
         self.world.barrier()

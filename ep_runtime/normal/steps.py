@@ -133,6 +133,7 @@ class NormalSteps(GrowingRank):
         ahead = self._send_ahead(rows, routes, num_experts, tables, num_sms)
         with ahead or nullcontext():
             told = self._learn_counts(counts.shape[0])
+        self._most_received = max(self._most_received, told.most_rows)
         handle = self._handle(rows, layout, tables, num_experts, told, exact=True)
         if ahead is not None and told.most_rows <= ahead.rows:
             self.stats.dispatches += 1
@@ -148,12 +149,13 @@ class NormalSteps(GrowingRank):
         self, rows: Outgoing, routes: Routes, num_experts: int, tables: Tables, num_sms: int
     ) -> Target | None:
         """Send before the host knows how many rows come, into a block for the most that usually
-        can. If more come to some rank, the kernels of all ranks see it and send nothing.
+        can, or that ever came. If more come to some rank, the kernels of all ranks see it and send
+        nothing.
 
         None where this rank has no such block free, which is its own affair; and where heaps might
         have to grow for so many rows, which all ranks do or none.
         """
-        most = self.num_ranks * self.config.max_tokens
+        most = max(self.num_ranks * self.config.max_tokens, self._most_received)
         size = block_bytes(most, rows.row_bytes, rows.num_scales, routes.topk)
         if size > self._heap.sizes.staging:
             return None

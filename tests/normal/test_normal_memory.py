@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import programs
 import pytest
@@ -11,9 +12,11 @@ from expect import check_combined, check_received, random_group, random_results,
 from ranks import Group, Place, ThreadGroup
 
 from ep_runtime import ShapeError
+from ep_runtime.native import _C
 from ep_runtime.normal import NormalBuffer
 from ep_runtime.normal.config import block_bytes
 from ep_runtime.normal.heap import DataHeap
+from ep_runtime.normal.ops import NormalOps
 from ep_runtime.normal.pool import Pool
 from ep_runtime.normal.reference import RankTokens
 
@@ -127,6 +130,37 @@ def test_a_rank_without_room_waits_for_counts_while_others_send_ahead(
     large = [random_tokens(rng, 100, 256, 4, EXPERTS, idle=0) for _ in range(ranks)]
     got = group.run(programs.dispatch_with, [(one, {"num_experts": EXPERTS}) for one in large])
     check_received(got, large, EXPERTS)  # more than anybody has room for: sent once more
+
+
+def test_what_never_came_before_is_sent_twice_and_then_once(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First the kernels find too little room for it, on all ranks; then all know to have more."""
+    sent: list[int] = []
+    dispatch = NormalOps.dispatch
+
+    def count(ops: NormalOps, *given: Any) -> None:
+        sent.append(given[6])  # BLOCK_AHEAD or BLOCK_EXACT
+        dispatch(ops, *given)
+
+    monkeypatch.setattr(NormalOps, "dispatch", count)
+    group = ThreadGroup(2, "host", None, **SIZES)
+    large = [random_tokens(rng, 100, 256, 4, EXPERTS, idle=0) for _ in range(2)]
+    for turn in range(3):
+        sent.clear()
+        if turn == 2:
+            group.run(reset)
+        got = group.run(programs.dispatch_with, [(one, {"num_experts": EXPERTS}) for one in large])
+        check_received(got, large, EXPERTS)
+        again = [] if turn == 1 else [_C.BLOCK_EXACT] * 2
+        assert sorted(sent) == sorted([*again, *[_C.BLOCK_AHEAD] * 2])
+        del got
+        group.run(programs.forget)
+    group.close()
+
+
+def reset(buffer: NormalBuffer) -> None:
+    buffer.reset()
 
 
 def test_no_pool_at_all(open_group: OpenGroup, place: Place, rng: torch.Generator) -> None:
