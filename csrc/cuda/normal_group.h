@@ -2,7 +2,7 @@
 //
 // Launch contract of dispatch and combine: one CTA an SM, with the shared memory below. A CTA waits
 // for peers, never for another CTA of its kernel, so that they need not run at the same time. Every
-// kernel may be launched with programmatic dependent launch: it touches no memory before
+// kernel may be launched with programmatic dependent launch: it touches no global memory before
 // await_previous_kernel().
 #pragma once
 

@@ -29,7 +29,7 @@ EP_HD uint64_t done_share(uint64_t i, uint64_t n) {
 }
 
 // What the owner of a block or an inbox tells every rank, at the start of its own operation.
-// `epoch` is written last: who finds it may write there.
+// `epoch` comes with the rest, or after it: who finds it may write there.
 struct Credit {
     int64_t offset;  // in the owner's data heap
     int64_t rows;    // of the block; unused in combine

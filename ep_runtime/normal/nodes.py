@@ -94,9 +94,7 @@ class NodePath:
             self._make_room(rows, topk, routes.topk, num_worst_tokens)
         self.stats.dispatches += 1
         self._enter()
-        counts = torch.empty(
-            num_experts // self._whole.num_ranks, dtype=torch.int32, device=self._whole.device
-        )
+        counts = self._whole._counts(num_experts)
         by_node, named = self._by_node(layout, name_ranks=unrouted)
         over_rails = Routes(named, None, topk) if unrouted else routes
         counted = self._count(
@@ -363,19 +361,16 @@ class NodePath:
         node, nodes = self._node, _nodes_of(handle)
         onward = _onward(arrived)
         target = node._target(onward, routes, handle.num_rows)
-        with target:
-            node._ops.dispatch(
-                onward,
-                routes,
-                handle.num_experts // self._shape.num_nodes,
-                Tables(nodes.reach, nodes.target),
-                target.offset,
-                handle.num_rows,
-                block_size(handle.exact),
-                num_sms,
-                arrived.source_token,
-            )
-            node._after()
+        node._launch(
+            onward,
+            routes,
+            handle.num_experts // self._shape.num_nodes,
+            Tables(nodes.reach, nodes.target),
+            target,
+            block_size(handle.exact),
+            num_sms,
+            arrived.source_token,
+        )
         return target.received(onward, routes, handle, per_expert, counts)
 
 

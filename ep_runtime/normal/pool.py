@@ -112,11 +112,6 @@ class Pool:
         """Free a block. `use`: (stream, event recorded on it after the last use), or None."""
         self._returned.append((block, use))
 
-    def settle(self) -> None:
-        """Do now what the next allocate() would have to do first."""
-        with self._lock:
-            self._take_back()
-
     def _take_back(self) -> None:
         if self._busy:
             return

@@ -38,10 +38,20 @@ class Target:
 
     @classmethod
     def in_pool(
-        cls, heap: DataHeap, rows: Outgoing, routes: Routes, num_rows: int, *, capturing: bool
+        cls,
+        heap: DataHeap,
+        rows: Outgoing,
+        routes: Routes,
+        num_rows: int,
+        *,
+        capturing: bool,
+        limit: int | None = None,
     ) -> Target | None:
-        """A block that the tensors own; None where the pool has no room."""
+        """A block that the tensors own; None where the pool has no room, or it takes more bytes
+        than `limit`."""
         parts = _parts(rows, routes, num_rows)
+        if limit is not None and parts["bytes"] > limit:
+            return None
         block = heap.pool.allocate(parts["bytes"], capturing=capturing)
         if block is None:
             return None

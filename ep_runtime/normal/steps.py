@@ -156,10 +156,8 @@ class NormalSteps(GrowingRank):
         have to grow for so many rows, which all ranks do or none.
         """
         most = max(self.num_ranks * self.config.max_tokens, self._most_received)
-        size = block_bytes(most, rows.row_bytes, rows.num_scales, routes.topk)
-        if size > self._heap.sizes.staging:
-            return None
-        target = Target.in_pool(self._heap, rows, routes, most, capturing=False)
+        limit = self._heap.sizes.staging
+        target = Target.in_pool(self._heap, rows, routes, most, capturing=False, limit=limit)
         if target is not None:
             self._streams.wait_for(target.uses)
             self._launch(rows, routes, num_experts, tables, target, _C.BLOCK_AHEAD, num_sms)
@@ -209,8 +207,7 @@ class NormalSteps(GrowingRank):
         return tables
 
     def _learn_counts(self, local_experts: int) -> Counts:
-        """The wait of the host; what can be done before the counts are there is done first."""
-        self._heap.pool.settle()
+        """The wait of the host."""
         return self._host_counts.wait(local_experts, self._budget_s, self._check_fatal)
 
     def _send(
@@ -239,7 +236,9 @@ class NormalSteps(GrowingRank):
         target: Target,
         size: int,
         num_sms: int,
+        source_token: torch.Tensor | None = None,
     ) -> None:
+        """size: a BLOCK_ constant of _C."""
         with target:
             self._ops.dispatch(
                 rows,
@@ -250,6 +249,7 @@ class NormalSteps(GrowingRank):
                 target.rows,
                 size,
                 num_sms,
+                source_token,
             )
             self._after()
 
