@@ -12,4 +12,10 @@ CombineKernels few_combine_kernels() {
             combine_fused_kernel<Bf16HalfSums, kKnown>};
 }
 
+CombineKernels streamed_combine_kernels() {
+    constexpr Weights kKnown = Weights::kKnown;
+    return {combine_send_kernel<Bf16StreamedSums, kKnown>, combine_recv_kernel<Bf16Sums>,
+            combine_fused_kernel<Bf16StreamedSums, kKnown>};
+}
+
 }  // namespace ep

@@ -59,7 +59,7 @@ __device__ __forceinline__ bool sum_message(const View& view, const CombineInput
         byte[j] = Unit::adds(j, extent) ? unit * kSumBytes + Unit::row_byte(j, extent) : 0;
     }
     Sum<Unit> sum;
-    add_rows<Unit::kRowsAtOnce>(in, ref, weight, byte, sum.of);
+    add_rows<Unit>(in, ref, weight, byte, sum.of);
     out = sum.rounded();
     return true;
 }
@@ -260,5 +260,6 @@ struct Bf16SumsBy {
 };
 using Bf16Sums = Bf16SumsBy<SumUnit>;
 using Bf16HalfSums = Bf16SumsBy<HalfUnit>;
+using Bf16StreamedSums = Bf16SumsBy<StreamedUnit>;
 
 }  // namespace ep

@@ -15,6 +15,9 @@ struct UnitSum {
     static constexpr int kRowsAtOnce = SumUnit::kRowsAtOnce;
     Sum8 of[kVectors];
 
+    static __device__ __forceinline__ ptx::Vector load_row(const uint8_t* from) {
+        return SumUnit::load_row(from);
+    }
     // Where a lane's BF16 vector lies in a row.
     static __device__ __forceinline__ int byte(int unit, int vector) {
         return unit * kSumBytes + 2 * unit_byte(vector / 2) + 16 * (vector % 2);
@@ -111,7 +114,7 @@ __device__ __forceinline__ bool sum_unit(const View& view, const CombineInput& i
         byte[j] = UnitSum::has(j, lines) ? UnitSum::byte(unit, j) : 0;
     }
     UnitSum sum;
-    add_rows<UnitSum::kRowsAtOnce>(in, ref, weight, byte, sum.of);
+    add_rows<UnitSum>(in, ref, weight, byte, sum.of);
     out = Fp8Sum::rounded(sum);
     return true;
 }

@@ -17,7 +17,7 @@ __device__ __forceinline__ RowRef load_ref(const View& view, const Routing& rout
 // Adds entries [first, first + kRows) of a message's list. All loads come before the first sum, and
 // no branch parts them: behind one, what was loaded first would wait in memory
 // (docs/performance.md).
-template <int kRows, int kVectors>
+template <class Unit, int kRows, int kVectors>
 __device__ __forceinline__ void add_some(const CombineInput& in, RowRef ref, float weight,
                                          int first, const int (&byte)[kVectors],
                                          Sum8 (&sum)[kVectors]) {
@@ -29,7 +29,7 @@ __device__ __forceinline__ void add_some(const CombineInput& in, RowRef ref, flo
         const uint8_t* from = y + 2 * row * in.row_stride;
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
-            x[i][j] = *reinterpret_cast<const ptx::Vector*>(from + byte[j]);
+            x[i][j] = Unit::load_row(from + byte[j]);
         }
     }
 #pragma unroll
@@ -71,16 +71,17 @@ __device__ __forceinline__ void add_first(const CombineInput& in, RowRef ref, fl
     }
 }
 
-// Adds the rows of a message's list to nothing. The first kAtOnce are there after one way to memory
-// and back, which takes longer than all the rest; others come two at a time. Lane k holds the
-// weight of entry k. `byte`: where each of the lane's vectors lies in a row; lanes that have no
+// Adds the rows of a message's list to nothing. The first kRowsAtOnce are there after one way to
+// memory and back, which takes longer than all the rest; others come two at a time. Lane k holds
+// the weight of entry k. `byte`: where each of the lane's vectors lies in a row; lanes that have no
 // data there give any place in it, and nobody uses their sums. Whole warps.
-template <int kAtOnce, int kVectors>
+template <class Unit, int kVectors>
 __device__ __forceinline__ void add_rows(const CombineInput& in, RowRef ref, float weight,
                                          const int (&byte)[kVectors], Sum8 (&sum)[kVectors]) {
     const int listed = __ffs(__ballot_sync(kFullWarp, ref.row < 0)) - 1;
     const int end = listed < 0 ? 32 : listed;
     int k = 0;
+    constexpr int kAtOnce = Unit::kRowsAtOnce;
     if constexpr (kAtOnce > 2) {
         k = min(end, kAtOnce);
         if (k > kAtOnce / 2) {
@@ -90,8 +91,8 @@ __device__ __forceinline__ void add_rows(const CombineInput& in, RowRef ref, flo
         }
     }
 #pragma unroll 1
-    for (; k + 2 <= end; k += 2) add_some<2>(in, ref, weight, k, byte, sum);
-    if (k < end) add_some<1>(in, ref, weight, k, byte, sum);
+    for (; k + 2 <= end; k += 2) add_some<Unit, 2>(in, ref, weight, k, byte, sum);
+    if (k < end) add_some<Unit, 1>(in, ref, weight, k, byte, sum);
 }
 
 }  // namespace ep

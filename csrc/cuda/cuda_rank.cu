@@ -17,12 +17,6 @@ DispatchKernels dispatch_kernels(const View& view, Wire wire) {
                               : plain_dispatch_kernels(view.input_vectors);
 }
 
-CombineKernels combine_kernels(Wire wire, bool late_weights, bool few = false) {
-    if (few) return few_combine_kernels();
-    return wire == Wire::kFp8 ? fp8_combine_kernels(late_weights)
-                              : bf16_combine_kernels(late_weights);
-}
-
 template <class Args>
 const void* address(void (*kernel)(Args)) {
     return reinterpret_cast<const void*>(kernel);
@@ -79,16 +73,54 @@ CudaRank::CudaRank(const Shape& shape, int rank, const std::vector<std::uintptr_
     for (int r = 0; r < shape.num_ranks; ++r) ctx_.heap[r] = reinterpret_cast<uint8_t*>(heaps[r]);
 
     const DeviceGuard guard(options.device);
-    int num_sms = 0;
-    EP_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, options.device));
-    if (options.num_sms > 0) num_sms = std::min(num_sms, options.num_sms);
+    EP_CUDA(cudaDeviceGetAttribute(&num_sms_, cudaDevAttrMultiProcessorCount, options.device));
+    EP_CUDA(cudaDeviceGetAttribute(&l2_bytes_, cudaDevAttrL2CacheSize, options.device));
+    if (options.num_sms > 0) num_sms_ = std::min(num_sms_, options.num_sms);
     for (int w = 0; w < kNumWires; ++w) {
-        if (shape.allows(static_cast<Wire>(w))) prepare(static_cast<Wire>(w), num_sms);
+        if (shape.allows(static_cast<Wire>(w))) prepare(static_cast<Wire>(w));
+    }
+    prepare_combines();
+}
+
+// Loads a kernel, so that none is loaded while a peer spins, and says how much of it fits.
+CudaRank::Room CudaRank::load(const void* kernel, int threads, int64_t scratch) const {
+    int per_sm = 0;
+    cudaFuncAttributes loaded{};
+    EP_CUDA(cudaFuncGetAttributes(&loaded, kernel));
+    if (loaded.maxDynamicSharedSizeBytes < scratch) {
+        EP_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(scratch)));
+    }
+    EP_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads,
+                                                          static_cast<size_t>(scratch)));
+    return {std::max(1, per_sm * num_sms_), scratch};
+}
+
+CombineKernels CudaRank::combine_kernels(CombineKind kind) {
+    switch (kind) {
+        case kFewSums:
+            return few_combine_kernels();
+        case kStreamedSums:
+            return streamed_combine_kernels();
+        case kFp8Sums:
+        case kLateFp8Sums:
+            return fp8_combine_kernels(kind == kLateFp8Sums);
+        default:
+            return bf16_combine_kernels(kind == kLateSums);
     }
 }
 
-// Views and launch limits of one wire format; loads its kernels: no lazy load while a peer spins.
-void CudaRank::prepare(Wire wire, int num_sms) {
+void CudaRank::prepare_combines() {
+    for (int k = 0; k < kNumCombineKinds; ++k) {
+        const CombineKernels kernels = combine_kernels(static_cast<CombineKind>(k));
+        combine_room_[k][kSend] = load(address(kernels.send), kCombineThreads, 0);
+        combine_room_[k][kRecv] = load(address(kernels.recv), kCombineThreads, 0);
+        combine_room_[k][kBoth] = load(address(kernels.fused), kCombineThreads, 0);
+    }
+}
+
+// Views and launch limits of dispatches of one wire format.
+void CudaRank::prepare(Wire wire) {
     const auto w = static_cast<size_t>(wire);
     std::vector<View>& views = views_[w];
     for (int c = 0; c < ctx_.shape.num_chains; ++c) {
@@ -99,43 +131,15 @@ void CudaRank::prepare(Wire wire, int num_sms) {
     const DispatchScratch many = dispatch_many_scratch(views[0]);
     const DispatchKernels dispatch = dispatch_kernels(views[0], wire);
     const RecvKernels receive = dispatch_recv_kernels();
-    const auto load = [&](Kernel k, const void* kernel, int64_t scratch) {
-        const int threads = k < kCombineSend ? kThreads : kCombineThreads;
-        int per_sm = 0;
-        cudaFuncAttributes loaded{};
-        EP_CUDA(cudaFuncGetAttributes(&loaded, kernel));
-        if (loaded.maxDynamicSharedSizeBytes < scratch) {
-            EP_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(scratch)));
-        }
-        EP_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads,
-                                                              static_cast<size_t>(scratch)));
-        room_[w][k] = {std::max(1, per_sm * num_sms), scratch};
+    const auto load_as = [&](Kernel k, const void* kernel, int64_t bytes) {
+        room_[w][k] = load(kernel, kThreads, bytes);
     };
-    load(kDispatchSend, address(dispatch.send), scratch.send);
-    load(kDispatchRecv, address(receive.recv), scratch.recv);
-    load(kDispatchFused, address(dispatch.fused), scratch.send + scratch.recv);
-    load(kSendMany, address(dispatch.send_many), many.send);
-    load(kRecvMany, address(receive.recv_many), many.recv);
-    load(kFusedMany, address(dispatch.fused_many), many.send + many.recv);
-    const CombineKernels known = combine_kernels(Wire::kBf16, false);
-    const CombineKernels late = combine_kernels(Wire::kBf16, true);
-    load(kCombineSend, address(known.send), 0);
-    load(kCombineRecv, address(known.recv), 0);
-    load(kCombineFused, address(known.fused), 0);
-    load(kLateSend, address(late.send), 0);
-    load(kLateFused, address(late.fused), 0);
-    const CombineKernels fp8 = combine_kernels(Wire::kFp8, false);
-    const CombineKernels fp8_late = combine_kernels(Wire::kFp8, true);
-    load(kFp8Send, address(fp8.send), 0);
-    load(kFp8Recv, address(fp8.recv), 0);
-    load(kFp8Fused, address(fp8.fused), 0);
-    load(kFp8LateSend, address(fp8_late.send), 0);
-    load(kFp8LateFused, address(fp8_late.fused), 0);
-    const CombineKernels few = combine_kernels(Wire::kBf16, false, true);
-    load(kFewSend, address(few.send), 0);
-    load(kFewRecv, address(few.recv), 0);
-    load(kFewFused, address(few.fused), 0);
+    load_as(kDispatchSend, address(dispatch.send), scratch.send);
+    load_as(kDispatchRecv, address(receive.recv), scratch.recv);
+    load_as(kDispatchFused, address(dispatch.fused), scratch.send + scratch.recv);
+    load_as(kSendMany, address(dispatch.send_many), many.send);
+    load_as(kRecvMany, address(receive.recv_many), many.recv);
+    load_as(kFusedMany, address(dispatch.fused_many), many.send + many.recv);
 }
 
 void CudaRank::require_combine(Wire wire) const {
@@ -167,9 +171,13 @@ const CudaRank::Room& CudaRank::room(Kernel kernel, Wire wire) const {
     return room_[static_cast<size_t>(wire)][kernel];
 }
 
-bool CudaRank::takes_few(Kernel few, Wire sums, bool late_weights, int64_t units) const {
-    const int resident = room(few, ctx_.shape.wire).resident;
-    return sums == Wire::kBf16 && !late_weights && are_few(units, resident);
+CudaRank::CombineKind CudaRank::combine_kind(Half half, Wire sums, bool late_weights, int64_t units,
+                                             int tokens) const {
+    if (sums == Wire::kFp8) return late_weights ? kLateFp8Sums : kFp8Sums;
+    if (late_weights) return kLateSums;
+    if (are_few(units, combine_room_[kFewSums][half].resident)) return kFewSums;
+    const int64_t rows = int64_t{tokens} * ctx_.shape.topk;
+    return are_streamed(2 * rows * ctx_.shape.hidden, l2_bytes_) ? kStreamedSums : kSums;
 }
 
 void CudaRank::dispatch_send(int chain, const SendInput& in, StreamHandle stream) const {
@@ -236,31 +244,25 @@ void CudaRank::combine_send(int chain, const CombineInput& in, int expected,
                             StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
     require_combine(in.wire);
-    const Wire wire = ctx_.shape.wire;
-    const View& v = view(chain, wire);
-    const int64_t messages = static_cast<int64_t>(ctx_.shape.num_ranks) * expected_tokens(expected);
-    const int64_t units = messages * v.sums;
-    const bool few = takes_few(kFewSend, in.wire, in.late_weights, units);
-    const Kernel kernel = few                     ? kFewSend
-                          : in.wire == Wire::kFp8 ? (in.late_weights ? kFp8LateSend : kFp8Send)
-                                                  : (in.late_weights ? kLateSend : kCombineSend);
-    const Room& r = room(kernel, wire);
-    const int grid = 1 + at_most(ctas_for(few ? 2 * units : units), r.resident - 1);
-    launch(combine_kernels(in.wire, in.late_weights, few).send,
-           {grid, kCombineThreads, 0, stream, options_.pdl}, CombineSendArgs{.in = in, .view = v});
+    const View& v = view(chain, ctx_.shape.wire);
+    const int tokens = expected_tokens(expected);
+    const int64_t units = int64_t{ctx_.shape.num_ranks} * tokens * v.sums;
+    const CombineKind kind = combine_kind(kSend, in.wire, in.late_weights, units, tokens);
+    const int ctas =
+        at_most(ctas_for(warps_to_a_unit(kind) * units), combine_room_[kind][kSend].resident - 1);
+    launch(combine_kernels(kind).send, {1 + ctas, kCombineThreads, 0, stream, options_.pdl},
+           CombineSendArgs{.in = in, .view = v});
 }
 
 void CudaRank::combine_recv(int chain, const CombineOutput& out, StreamHandle stream) const {
     const DeviceGuard guard(options_.device);
     require_combine(out.wire);
-    const Wire wire = ctx_.shape.wire;
-    const View& v = view(chain, wire);
+    const View& v = view(chain, ctx_.shape.wire);
     const int64_t units = int64_t{out.num_tokens} * v.sums;
-    const bool few = takes_few(kFewRecv, out.wire, false, units);
-    const Room& r = room(few ? kFewRecv : out.wire == Wire::kFp8 ? kFp8Recv : kCombineRecv, wire);
-    const int grid = 1 + at_most(ctas_for(few ? 2 * units : units), r.resident - 1);
-    launch(combine_kernels(out.wire, false, few).recv,
-           {grid, kCombineThreads, 0, stream, options_.pdl},
+    const CombineKind kind = combine_kind(kRecv, out.wire, false, units, 0);  // has no rows to add
+    const int ctas =
+        at_most(ctas_for(warps_to_a_unit(kind) * units), combine_room_[kind][kRecv].resident - 1);
+    launch(combine_kernels(kind).recv, {1 + ctas, kCombineThreads, 0, stream, options_.pdl},
            CombineRecvArgs{.out = out, .view = v});
 }
 
@@ -269,20 +271,17 @@ void CudaRank::combine_fused(int chain, const CombineInput& in, const CombineOut
     const DeviceGuard guard(options_.device);
     require_combine(in.wire);
     if (in.wire != out.wire) throw std::invalid_argument("a combine has one format");
-    const Wire wire = ctx_.shape.wire;
-    const View& v = view(chain, wire);
-    const int64_t sent = int64_t{ctx_.shape.num_ranks - 1} * expected_tokens(expected) * v.sums;
+    const View& v = view(chain, ctx_.shape.wire);
+    const int ranks = ctx_.shape.num_ranks, tokens = expected_tokens(expected);
+    const int64_t sent = int64_t{ranks - 1} * tokens * v.sums;
     const int64_t received = int64_t{out.num_tokens} * v.sums;
-    const bool few = takes_few(kFewFused, in.wire, in.late_weights, sent + received);
-    const Kernel kernel = few                     ? kFewFused
-                          : in.wire == Wire::kFp8 ? (in.late_weights ? kFp8LateFused : kFp8Fused)
-                                                  : (in.late_weights ? kLateFused : kCombineFused);
-    const Room& r = room(kernel, wire);
+    const CombineKind kind = combine_kind(kBoth, in.wire, in.late_weights, sent + received, tokens);
+    const Room& r = combine_room_[kind][kBoth];
     require_room(r, 3, "combine_fused");
-    const int warps = few ? 2 : 1;  // to a unit
-    const Split split = Split::of(ctas_for(warps * sent), ctas_for(warps * received),
-                                  r.resident - 1, ctx_.shape.num_ranks);
-    launch(combine_kernels(in.wire, in.late_weights, few).fused,
+    const int warps = warps_to_a_unit(kind);
+    const Split split =
+        Split::of(ctas_for(warps * sent), ctas_for(warps * received), r.resident - 1, ranks);
+    launch(combine_kernels(kind).fused,
            {1 + split.send + split.recv, kCombineThreads, 0, stream, options_.pdl},
            CombineFusedArgs{.in = in, .send_ctas = split.send, .out = out, .view = v});
 }

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/view.h"
+#include "cuda/kernels.h"
 
 namespace ep {
 
@@ -57,22 +57,20 @@ class CudaRank {
         kSendMany,  // dispatches of many tokens
         kRecvMany,
         kFusedMany,
-        kCombineSend,
-        kCombineRecv,
-        kCombineFused,
-        kLateSend,  // of combines that bring their weights
-        kLateFused,
-        kFp8Send,  // of combines whose sums travel as FP8
-        kFp8Recv,
-        kFp8Fused,
-        kFp8LateSend,
-        kFp8LateFused,
-        kFewSend,  // of combines that have two warps for a unit
-        kFewRecv,
-        kFewFused,
         kNumKernels
     };
-    // What a launch of a kernel may use, for one wire format.
+    // Combines, by what their sums travel as and how their rows are added up (kernels.h).
+    enum CombineKind {
+        kSums,
+        kLateSums,  // the combine brings its weights
+        kFewSums,
+        kStreamedSums,
+        kFp8Sums,
+        kLateFp8Sums,
+        kNumCombineKinds
+    };
+    enum Half { kSend, kRecv, kBoth, kNumHalves };
+    // What a launch of a kernel may use.
     struct Room {
         int resident;  // CTAs at once
         int64_t scratch;  // bytes
@@ -81,16 +79,24 @@ class CudaRank {
     int expected_tokens(int expected) const;
     const View& view(int chain, Wire wire) const;
     const Room& room(Kernel kernel, Wire wire) const;
-    // Whether a combine of so many units has two warps for each, with the kernel for few.
-    bool takes_few(Kernel few, Wire sums, bool late_weights, int64_t units) const;
+    // For sums of so many units, of a step in which every rank has `tokens`.
+    CombineKind combine_kind(Half half, Wire sums, bool late_weights, int64_t units,
+                             int tokens) const;
+    static CombineKernels combine_kernels(CombineKind kind);
+    static int warps_to_a_unit(CombineKind kind) { return kind == kFewSums ? 2 : 1; }
+    Room load(const void* kernel, int threads, int64_t scratch) const;
     static void require_room(const Room& room, int least, const char* what);
-    void prepare(Wire wire, int num_sms);
+    void prepare(Wire wire);
+    void prepare_combines();
     void require_combine(Wire wire) const;
 
     Context ctx_{};
     std::array<std::vector<View>, kNumWires> views_;  // by wire format, then chain
     std::array<std::array<Room, kNumKernels>, kNumWires> room_{};
+    std::array<std::array<Room, kNumHalves>, kNumCombineKinds> combine_room_{};
     Options options_{};
+    int num_sms_ = 0;
+    int l2_bytes_ = 0;
 };
 
 }  // namespace ep

@@ -56,16 +56,23 @@ inline bool are_few(int64_t units, int resident_ctas) {
     return static_cast<double>(2 * units) <= kFewUnits * static_cast<double>(warps);
 }
 
+// A combine's rows are streamed where those of a usual step, K for each token of this rank, take
+// more than this part of L2 (measured: from 256 tokens on, K=8, H=7168; with 128 they still fit).
+inline constexpr double kStreamedPart = 0.4;
+inline bool are_streamed(int64_t row_bytes, int64_t l2_bytes) {
+    return static_cast<double>(row_bytes) >= kStreamedPart * static_cast<double>(l2_bytes);
+}
+
 // CTAs that send and that receive. Where not all fit, each side gets its part: to receive a token's
-// unit takes as long as to send 0.6 units for each rank (measured with two and four ranks).
+// unit takes as long as to send half a unit for each rank (measured with two ranks).
 struct Split {
     int send;
     int recv;
 
     static Split of(int64_t send, int64_t recv, int64_t room, int num_ranks) {
         if (send + recv <= room) return {static_cast<int>(send), static_cast<int>(recv)};
-        const int64_t to_send = 5 * send;
-        const int64_t to_receive = 3 * recv * num_ranks;
+        const int64_t to_send = 2 * send;
+        const int64_t to_receive = recv * num_ranks;
         const int part = at_most(room * to_send / (to_send + to_receive), room - 1);
         return {part, static_cast<int>(room - part)};
     }

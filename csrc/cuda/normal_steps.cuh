@@ -57,12 +57,7 @@ __device__ __forceinline__ void publish_credit(const Group& group, int64_t offse
                                                const Credit& mine) {
     const int v = lane_of() & 7;
     const auto first = static_cast<uint64_t>(mine.offset), rows = static_cast<uint64_t>(mine.rows);
-    const ptx::Vector vector{v == 0   ? first
-                             : v == 1 ? mine.epoch
-                                      : 0,
-                             v == 0   ? rows
-                             : v == 7 ? mine.epoch
-                                      : 0};
+    const ptx::Vector vector{v == 0 ? first : v == 1 ? mine.epoch : 0, v == 0 ? rows : 0};
 #pragma unroll 1
     for (int r = lane_of() >> 3; r < group.num_ranks(); r += 4) {
         auto* line = reinterpret_cast<uint8_t*>(group.credit(offset, r, group.rank()));

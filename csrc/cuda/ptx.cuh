@@ -36,6 +36,13 @@ __device__ __forceinline__ Vector load_vector_now(const void* p) {
     return v;
 }
 
+// A load of what nobody will want again: the cache may give it up before anything else.
+__device__ __forceinline__ Vector load_vector_once(const void* p) {
+    Vector v;
+    asm volatile("ld.global.cs.v2.u64 {%0, %1}, [%2];" : "=l"(v.lo), "=l"(v.hi) : "l"(p));
+    return v;
+}
+
 // Words of 8 bytes that carry their own tag, which no access tears; and abort words, which are
 // advisory. Nothing else is inferred from either, so order does not matter.
 __device__ __forceinline__ uint64_t load_relaxed_sys(const uint64_t* p) {

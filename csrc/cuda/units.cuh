@@ -97,6 +97,10 @@ struct SumUnit {
     static constexpr int kRowsAtOnce = 2;  // in flight: for more there are no registers
     ptx::Vector v[kVectors];
 
+    static __device__ __forceinline__ ptx::Vector load_row(const uint8_t* from) {
+        return *reinterpret_cast<const ptx::Vector*>(from);
+    }
+
     // What it is of a row: lines of data.
     using Extent = int;
     static __device__ __forceinline__ Extent extent(int data_lines, int) { return data_lines; }
@@ -150,6 +154,14 @@ struct SumUnit {
     }
 };
 
+// The same where there are so many that rows and inbox do not fit into L2 together: what was added
+// up makes room.
+struct StreamedUnit : SumUnit {
+    static __device__ __forceinline__ ptx::Vector load_row(const uint8_t* from) {
+        return ptx::load_vector_once(from);
+    }
+};
+
 // Half a unit of a combined row, for one of two warps: its first seven lines of data or the others,
 // two vectors a lane. Lanes 24 to 31 of the second vector have no such line. In a row they take the
 // last vectors of the unit's first eight lines, whichever the half: so the second half's warp adds
@@ -160,6 +172,10 @@ struct HalfUnit {
     static constexpr int kParts = 2;
     static constexpr int kRowsAtOnce = 8;
     ptx::Vector v[kVectors];
+
+    static __device__ __forceinline__ ptx::Vector load_row(const uint8_t* from) {
+        return SumUnit::load_row(from);
+    }
 
     struct Extent {
         int first;  // line

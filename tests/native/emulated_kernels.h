@@ -19,6 +19,7 @@ struct Emulated {
     bool many = false;  // the dispatch kernels for many tokens
     int senders = 0;  // CTAs that only send, where such a kernel does both; 0: all do both
     bool few = false;  // the combine kernels for few units
+    bool streamed = false;  // or for so many that their rows leave the cache
     int part_bits = 0;  // of the dispatch kernels for few
 
     template <class Args>
@@ -89,6 +90,7 @@ struct Emulated {
     void as(Wire wire, bool late_weights, Step step) const {
         if (wire == Wire::kFp8) return step(Fp8Sums{});
         if (few && !late_weights) return step(Bf16HalfSums{});
+        if (streamed && !late_weights) return step(Bf16StreamedSums{});
         step(Bf16Sums{});
     }
     emulator::Launch combine_send_kernel(CombineInput in) const {

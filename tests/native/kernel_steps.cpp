@@ -60,7 +60,13 @@ struct Test {
     // A rank's kernels, of one kind or another.
     Emulated emulated(const Context& ctx, int chain, Wire wire) {
         const View view = View::make(ctx, chain, wire);
-        return {view, grid, chance(2), senders(), chance(2), part_bits(view, 1, 1 + random() % 4)};
+        return {view,
+                grid,
+                chance(2),
+                senders(),
+                chance(2),
+                chance(2),
+                part_bits(view, 1, 1 + random() % 4)};
     }
 
     // Every rank's launch, all at once.

@@ -21,6 +21,7 @@ inline Vector load_line_vector(const void* p) {
     return v;
 }
 inline Vector load_vector_now(const void* p) { return load_line_vector(p); }
+inline Vector load_vector_once(const void* p) { return load_line_vector(p); }
 inline uint64_t load_relaxed_sys(const uint64_t* p) { return *p; }
 inline void store_relaxed_sys(uint64_t* p, uint64_t v) { *p = v; }
 inline uint32_t pack_bf16x2(float lo, float hi) {
