@@ -111,7 +111,7 @@ __device__ __forceinline__ bool keep_books(const View& view, const RecvTarget& t
     uint32_t& readers = view.state->dispatch_readers;
     const bool advances = this_warp() == kClerk;
     const bool have_read = advances && all_have_read(readers);
-    if (!all_found(ok, scratch)) return false;
+    if (__syncthreads_or(!ok)) return false;
     if (advances) advance(view.state->dispatched, readers, turn.epoch, have_read);
     report_counts(view, target, turn.absent, scratch);
     return true;
@@ -143,7 +143,7 @@ __device__ __forceinline__ bool receive_rows(const View& view, const RecvTarget&
                                           few, scratch, scratch.message) != Pulled::kGaveUp;
         }
         counted = true;
-        if (!all_found(ok, scratch)) return false;
+        if (__syncthreads_or(!ok)) return false;
         if (warp < kClerk) {
             copy_row(view, target, message, section, to);
         } else if (item.part == 0 && to.count != Landings::kNothing) {

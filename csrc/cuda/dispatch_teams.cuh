@@ -180,8 +180,8 @@ __device__ __forceinline__ void dispatch_recv_teams(const View& view, const Recv
     if (keeps_books) {
         ok = keep_books(view, target, turn, scratch, ok);
     } else {
-        ok =
-            all_found(ok, scratch) && receive_in_teams(view, target, turn, scratch, first_receiver);
+        ok = __syncthreads_or(!ok) == 0 &&
+             receive_in_teams(view, target, turn, scratch, first_receiver);
     }
     if (ok && target.format == Format::kCompact) {
         clear_unused_rows(view, target, scratch, max(0, receiver + 1),

@@ -18,7 +18,6 @@ struct alignas(16) Landings {
     int32_t first_scale[kMaxTopk];
     int32_t count;  // kNothing: no message
     int32_t end;  // items from here on are no messages, or kNoCounts: the clerk's word
-    int32_t gave_up;  // not 0: a warp did (all_found)
 
     static constexpr int32_t kNothing = -1;
     static constexpr int32_t kNoCounts = -1;  // it gave up
@@ -73,22 +72,12 @@ struct RecvScratch {
     }
 };
 
-// All threads; the caller synchronises.
+// All threads.
 __device__ __forceinline__ void prepare_recv(const View& view, RecvScratch scratch) {
-    if (threadIdx.x == 0) scratch.landings->gave_up = 0;
 #pragma unroll 1
     for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
         scratch.announced[s] = RecvScratch::kUnknown;
     }
-}
-
-// The CTA meets: has every warp found what it waited for? A word and not __syncthreads_or, of which
-// compute-sanitizer's racecheck loses count beside barriers of some warps (docs/benchmarks.md).
-// Another barrier must lie before the next call.
-__device__ __forceinline__ bool all_found(bool found, RecvScratch scratch) {
-    if (!found) scratch.landings->gave_up = 1;
-    __syncthreads();
-    return scratch.landings->gave_up == 0;
 }
 
 // One warp: ranks that are left out send nothing.
