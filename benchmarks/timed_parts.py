@@ -1,7 +1,9 @@
 """Commands run one after the other within a total time, each with a limit of its own.
 
 Every part is sure of its share of the time. What it leaves goes to those after it, so that a part
-which is slower on some machine takes nothing from the others, and the whole ends in time.
+which is slower on some machine takes nothing from the others, and the whole ends in time. Where the
+time is less than all shares, the first parts keep theirs whole, and the last are left out: half a
+part says little.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Status = Literal["passed", "failed", "timed out", "skipped"]
+Status = Literal["passed", "failed", "timed out", "skipped", "no time"]
 
 GRACE_S = 10.0  # of a part's limit, to end by itself when it is interrupted
 FAILED_LINES = 60  # shown of a log whose part did not pass
@@ -51,7 +53,7 @@ class Outcome:
 
     @property
     def bad(self) -> bool:
-        return self.status in ("failed", "timed out")
+        return self.status in ("failed", "timed out", "no time")
 
 
 def run_parts(
@@ -62,27 +64,47 @@ def run_parts(
 ) -> list[Outcome]:
     """Run all parts in order, their output in `logs`, progress through `say`.
 
-    Ends within `total_s` seconds; where that is less than the sum of all shares, every share
-    shrinks alike.
+    Ends within `total_s` seconds. A part for which no share could be kept runs all the same if
+    those before it left enough.
     """
     logs.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + total_s
-    shares = [0.0 if part.skip else part.share_s for part in parts]
-    shrink = min(1.0, total_s / (sum(shares) or 1.0))
+    shares = kept_shares(parts, total_s)
     outcomes = []
     for number, part in enumerate(parts):
-        kept = shrink * sum(shares[number + 1 :])
-        limit_s = max(0.0, ends - time.monotonic() - kept)
-        outcomes.append(_run(part, f"{number + 1}/{len(parts)}", limit_s, logs, say))
+        place = f"[{number + 1}/{len(parts)}] {part.name}"
+        limit_s = max(0.0, ends - time.monotonic() - sum(shares[number + 1 :]))
+        if part.skip:
+            say(f"{place}: skipped: {part.skip}")
+            outcomes.append(Outcome(part.name, "skipped", 0.0, part.skip))
+        elif shares[number] == 0.0 and limit_s < part.share_s:
+            why = f"it wants {part.share_s:.0f} s, {limit_s:.0f} are left"
+            say(f"{place}: left out: {why}")
+            outcomes.append(Outcome(part.name, "no time", 0.0, why))
+        else:
+            outcomes.append(_run(part, place, limit_s, logs, say))
     return outcomes
 
 
+def kept_shares(parts: Sequence[Part], total_s: float) -> list[float]:
+    """Seconds that are kept for each part: its share, as long as they fit, in order. 0: none. The
+    first part that runs at all keeps what there is."""
+    free_s, fits = total_s, True
+    shares = []
+    for part in parts:
+        share_s = 0.0
+        if not part.skip:
+            is_first = free_s == total_s
+            fits = fits and (is_first or part.share_s <= free_s)
+            share_s = min(part.share_s, free_s) if fits else 0.0
+        shares.append(share_s)
+        free_s -= share_s
+    return shares
+
+
 def _run(part: Part, place: str, limit_s: float, logs: Path, say: Callable[[str], None]) -> Outcome:
-    if part.skip:
-        say(f"[{place}] {part.name}: skipped: {part.skip}")
-        return Outcome(part.name, "skipped", 0.0, part.skip)
     log = logs / f"{part.name}.log"
-    say(f"[{place}] {part.name}, at most {limit_s:.0f} s: {' '.join(part.command)}")
+    say(f"{place}, at most {limit_s:.0f} s: {' '.join(part.command)}")
     began = time.monotonic()
     try:
         code = _command(part.command, log, limit_s)

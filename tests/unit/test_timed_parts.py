@@ -146,15 +146,45 @@ def test_a_part_may_use_what_others_left_but_never_their_shares(tmp_path: Path) 
     assert 8 < second <= 12
 
 
-def test_shares_shrink_alike_where_there_is_less_time_than_they_want(tmp_path: Path) -> None:
-    sleep = "import time; time.sleep(60)"
-    began = time.monotonic()
+def test_where_time_is_short_the_first_parts_keep_their_shares_and_the_last_are_left_out(
+    tmp_path: Path,
+) -> None:
+    """Of 60 s 20 and 30 are kept. What the first two leave is enough for the fourth only."""
     outcomes, said = run(
-        tmp_path, part("a", sleep, share_s=30.0), part("b", "print(1)", share_s=90.0), total_s=8.0
+        tmp_path,
+        part("a", "pass", share_s=20.0),
+        part("b", "pass", share_s=30.0),
+        part("long", "pass", share_s=90.0),
+        part("d", "pass", share_s=15.0),
     )
-    assert time.monotonic() - began < 10
-    assert [o.status for o in outcomes] == ["timed out", "passed"]
-    assert "a, at most 2 s" in said
+    found = [(o.name, o.status, o.bad) for o in outcomes]
+    assert found == [
+        ("a", "passed", False),
+        ("b", "passed", False),
+        ("long", "no time", True),
+        ("d", "passed", False),
+    ]
+    assert "a, at most 30 s" in said
+    assert "[3/4] long: left out: it wants 90 s, " in said
+
+
+@pytest.mark.parametrize(
+    ("total_s", "kept"),
+    [
+        (100.0, [30.0, 0.0, 50.0, 20.0]),
+        (99.0, [30.0, 0.0, 50.0, 0.0]),
+        (79.0, [30.0, 0.0, 0.0, 0.0]),  # not the last one either: order is importance
+        (10.0, [10.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_shares_are_kept_whole_in_order(total_s: float, kept: list[float]) -> None:
+    parts = [
+        part("a", "pass", share_s=30.0),
+        part("skipped", "pass", share_s=99.0, skip="no"),
+        part("c", "pass", share_s=50.0),
+        part("d", "pass", share_s=20.0),
+    ]
+    assert timed_parts.kept_shares(parts, total_s) == kept
 
 
 def test_what_ends_the_program_ends_its_part(
