@@ -79,6 +79,9 @@ class Env:
         _number(int, 1, 72),
         "ranks of a node, for groups of the deep_ep interface: unset, those of a host",
     )
+    as_deep_ep: bool = _var(
+        "EP_AS_DEEP_EP", False, _flag, "in vLLM's processes, `import deep_ep` means ep_runtime"
+    )
     memory: str = _var(
         "EP_MEMORY",
         "auto",

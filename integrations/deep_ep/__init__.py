@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ep_runtime.integrations.deep_ep.events import EventHandle, EventOverlap
 
 topk_idx_t = torch.int64
-# The interface is that of DeepEP 1.2.1.
+# The interface is that of DeepEP's last V1 commit, 567632d, which called itself 1.2.1.
 __version__ = f"1.2.1+ep.runtime.{_own_version}"
 
 _HOME = {
