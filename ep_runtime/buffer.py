@@ -49,6 +49,10 @@ class Buffer(Rank):
     may be replayed in any order, as long as every rank runs the same sequence on a chain. On a
     chain any order of dispatches and combines is legal; of each kind one send may wait for its
     receive.
+
+    On a GPU operations run on the current stream of each call. Those of one chain must run in the
+    order in which they were called, sends and waits alike: calls on one stream do; across streams
+    the caller orders them with events.
     """
 
     def __init__(
@@ -62,9 +66,11 @@ class Buffer(Rank):
         """Join the group. Collective.
 
         backend  "host", "cuda", or "auto": CUDA where torch and the native module have it
-        device   the GPU; default: torch's current one
-        Raises ConfigError on every rank if configurations differ (naming ranks and fields),
-        BuildError where this machine lacks what it takes, PeerTimeout if a rank does not come.
+        device   the GPU; default: torch's current one. None, or the CPU, with "host"
+        Raises ConfigError on every rank if configurations differ (naming ranks and fields) or the
+        backend does not run on `device`, BuildError where this machine lacks what it takes (a GPU
+        that was named with "auto" among it), PeerTimeout if a rank does not come, and GroupFault
+        where another rank failed with an error that is not of this package.
         """
         place = world.agree("choosing the backend", lambda: choose_device(backend, device))
         memory = connect(config, world, place)
@@ -109,7 +115,8 @@ class Buffer(Rank):
         topk_weights     [T, K] float32. None, on every rank: each combine brings them (not with
                          "compact", nor on virtual ranks that share a device)
         scales           "opaque" with scale words: [T, words] of a 4-byte dtype, any strides
-        num_tokens       int32 scalar on the device: rows from it on are never sent; None: T
+        num_tokens       int32 scalar on the device: rows from it on are never sent; None: T. Each
+                         combine of the handle reads it again: it must keep its value until then
         expected_tokens  most tokens any rank sends now: sizes the launch, any value is correct
         out              receive tensors of `new_receive`, which decide the format of the rows, the
                          same on every rank; None: the chain's own, in the configuration's format.
@@ -127,6 +134,7 @@ class Buffer(Rank):
             round_scale, cumulative_recv_count, wait_ns,
         )  # fmt: skip
         self._tell("dispatch_send", chain)
+        call.into.take()
         self._ops.dispatch_send(chain, call.inputs)
         if self._order is not None:
             self._order.sent(self.rank, "dispatch", chain)
@@ -216,6 +224,7 @@ class Buffer(Rank):
             expected_tokens, out, round_scale, cumulative_recv_count, wait_ns,
         )  # fmt: skip
         self._tell("dispatch_fused", chain)
+        call.into.take()
         self._ops.dispatch_fused(chain, call.inputs, call.target, call.handle.expected_tokens)
         self._after_host_wait()
         return call.into.hand_out(call.handle)

@@ -28,13 +28,18 @@ Backend = Literal["auto", "host", "cuda"]
 def choose_device(backend: Backend, device: torch.device | int | str | None) -> torch.device:
     """The device that `backend` means: "auto" is the current GPU where there is one.
 
-    Raises BuildError where CUDA is asked for and missing, ConfigError for an unknown backend.
+    Raises BuildError where CUDA or a GPU is asked for and missing, ConfigError for an unknown
+    backend or a device that the backend does not run on.
     """
     if backend not in ("auto", "host", "cuda"):
         raise ConfigError(f"backend={backend!r}: it must be 'auto', 'host' or 'cuda'")
     usable = torch.cuda.is_available() and _C.has_cuda
+    wanted = _parsed(device)
+    asked = f"backend={backend!r}" if device is None else f"backend={backend!r}, device={device!r}"
     if backend == "auto":
-        backend = "cuda" if usable else "host"
+        # A rank that was given a GPU must not go on without it.
+        named = wanted is not None and wanted.type == "cuda"
+        backend = "cuda" if usable or named else "host"
         log.info(
             "backend auto: %s (GPU visible to torch: %s, native module built with CUDA: %s)",
             backend,
@@ -42,6 +47,11 @@ def choose_device(backend: Backend, device: torch.device | int | str | None) -> 
             _C.has_cuda,
         )
     if backend == "host":
+        if wanted is not None and wanted.type != "cpu":
+            raise ConfigError(
+                f"device={device!r} with backend='host': its ranks run on the CPU; leave the device"
+                " out, or use backend='cuda'"
+            )
         return torch.device("cpu")
     if not usable:
         lack = (
@@ -50,10 +60,10 @@ def choose_device(backend: Backend, device: torch.device | int | str | None) -> 
             if not _C.has_cuda
             else "torch sees no GPU; check the driver and CUDA_VISIBLE_DEVICES"
         )
-        raise BuildError(f"backend='cuda': {lack}, or use backend='host'")
-    if device is None:
+        alone = "" if device is None else " without a device"
+        raise BuildError(f"{asked}: {lack}, or use backend='host'{alone}")
+    if wanted is None:
         return torch.device("cuda", torch.cuda.current_device())
-    wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if wanted.type != "cuda":
         raise ConfigError(f"device={device!r} with backend='cuda': give a CUDA device")
     index = torch.cuda.current_device() if wanted.index is None else wanted.index
@@ -63,6 +73,13 @@ def choose_device(backend: Backend, device: torch.device | int | str | None) -> 
             " below that"
         )
     return torch.device("cuda", index)
+
+
+def _parsed(device: torch.device | int | str | None) -> torch.device | None:
+    """A number is a GPU's, whatever torch's current accelerator is."""
+    if device is None:
+        return None
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def connect(config: EpConfig, world: World, device: torch.device) -> RankMemory:

@@ -42,10 +42,7 @@ def fatal_error(fault: _C.Fault, budget_s: float) -> EpError:
             f" operations on a chain; {_AFTER}"
         )
     if fault.code == _C.FAULT_COUNT:
-        return DesyncError(
-            f"rank {fault.peer} announced {fault.seen} at {where} where at most {fault.expected}"
-            f" fit: its heap is damaged or its build differs; {_AFTER}"
-        )
+        return _count_error(fault, where)
     if fault.code == _C.FAULT_TERMS:
         return DesyncError(
             f"rank {fault.peer} works at {where} with {_terms(fault.seen)}, rank {fault.rank} with"
@@ -53,6 +50,25 @@ def fatal_error(fault: _C.Fault, budget_s: float) -> EpError:
             f" the same operation; {_AFTER}"
         )
     return DesyncError(f"unknown fault code {fault.code} at {where}; {_AFTER}")
+
+
+def _count_error(fault: _C.Fault, where: str) -> DesyncError:
+    """More than there is room for: announced by the peer, or (a normal dispatch) meant for it."""
+    if fault.op == _C.OP_NORMAL_DISPATCH:
+        return DesyncError(
+            f"rank {fault.rank} has more for rank {fault.peer} in {where} than it may write there:"
+            f" {fault.seen} where at most {fault.expected} fit. With num_worst_tokens: pass a"
+            " larger one on every rank (the number of ranks times the most tokens of any rank"
+            " always suffices). Else ranks used different handles, a heap is damaged or a build"
+            f" differs; {_AFTER}"
+        )
+    cause = "its heap is damaged or its build differs"
+    if fault.op == _C.OP_NORMAL_NOTIFY:
+        cause = f"the layout it passed is not that of its tokens, {cause}"
+    return DesyncError(
+        f"rank {fault.peer} announced {fault.seen} at {where} where at most {fault.expected}"
+        f" fit: {cause}; {_AFTER}"
+    )
 
 
 def _terms(word: int) -> str:
@@ -78,7 +94,9 @@ def _told(fault: _C.Fault, where: str) -> EpError:
         )
     cause = {
         _C.FAULT_DESYNC: f"found rank {fault.peer} ahead of it",
-        _C.FAULT_COUNT: f"got impossible counts from rank {fault.peer}",
+        _C.FAULT_COUNT: f"found more than there is room for, from or for rank {fault.peer}"
+        if fault.op in _NORMAL_OP
+        else f"got impossible counts from rank {fault.peer}",
         _C.FAULT_TERMS: f"found rank {fault.peer} with another rank mask or combine format",
     }.get(fault.seen, f"failed with code {fault.seen}")
     return DesyncError(

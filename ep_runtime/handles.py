@@ -17,7 +17,8 @@ class Handle:
     owner            the Buffer's identity
     chain            the chain that the dispatch was on; its combines go there too
     num_rows         T of the dispatch: rows of the combine's output
-    num_tokens       the dispatch's device scalar, or None where all T rows were real
+    num_tokens       the dispatch's device scalar, or None where all T rows were real. Combines
+                     read it again: it must keep its value until the last one has run
     expected_tokens  most tokens any rank sends (0: max_tokens); only sizes the launch
     late_weights     the dispatch had no topk_weights: every combine brings them
     routing          uint8: which token went where, which row came from where

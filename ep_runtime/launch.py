@@ -52,6 +52,10 @@ class RankFailed(GroupFault):
         self.text = text
         self.trace = trace
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Crosses processes: BaseException keeps the message alone."""
+        return type(self), (self.rank, self.kind, self.text, self.trace)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[R]):
@@ -74,9 +78,10 @@ def launch(
 
     fn            importable by its module's name: it is pickled, and so are args and results
     gpu_per_rank  make GPU `rank` (modulo their number) the rank's current device
-    timeout_s     for the whole run; None: EP_LAUNCH_TIMEOUT_S
+    timeout_s     for the whole run; None: EP_LAUNCH_TIMEOUT_S. Ignored under torchrun
 
-    Under torchrun this process is a rank already: fn runs here, the list holds its result alone.
+    Under torchrun this process is a rank already: fn runs here, the list holds its result alone,
+    and nothing ends it after timeout_s: that is the launcher's affair.
 
     Raises RankFailed for the first rank that fails, after ending the others, and ConfigError where
     num_ranks is not what torchrun started.

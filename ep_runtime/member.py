@@ -114,7 +114,9 @@ class Member(ABC):
     def close(self) -> None:
         """Give the memory back; again: nothing. Waits a bounded time for the peers to close too.
 
-        Finishes what was launched first. Received tensors stay valid.
+        Finishes what was launched first. Received tensors stay valid. Raises what the device
+        reports where it cannot finish: then this rank is closed all the same, and its memory kept
+        until the process ends.
         """
         self._close(with_peers=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -91,11 +91,12 @@ class Rank(Masks, Member):
         handles that outlive the chain's next dispatch, for rows that several dispatches keep.
 
         dispatch_format      None: the configuration's; one with "bf16" also takes "fp8"
-        scale_format         None: the configuration's
+        scale_format         None: the configuration's; opaque rows keep their scales ("float32")
         column_major_scales  scales lie with stride 1 over rows, as DeepGEMM's grouped GEMMs and
                              DeepEP's callers expect
         Allocates; not for captured code, unless torch's capture pool may own the tensors.
-        Raises ConfigError for a format that this Buffer's heap has no room for.
+        Raises ConfigError for a format that this Buffer's heap has no room for, and for a
+        scale_format that there is not or that opaque rows cannot have.
         """
         return self._receive(dispatch_format, scale_format, column_major_scales=column_major_scales)
 
@@ -115,13 +116,23 @@ class Rank(Masks, Member):
                 " one made for 'bf16' has room for another ('fp8'); build the EpConfig with the"
                 " format you need"
             )
+        scaled = config.scale_format if scale_format is None else scale_format
+        if scaled not in get_args(ScaleFormat):
+            raise ConfigError(
+                f"scale_format={scaled!r}: it must be one of {', '.join(get_args(ScaleFormat))}"
+            )
+        if wanted == "opaque" and scaled != "float32":
+            raise ConfigError(
+                f"scale_format={scaled!r} for opaque rows: it says how ep_runtime quantises, and"
+                " opaque scales arrive as the caller made them; leave it out"
+            )
         return allocate_receive(
             config,
             self.num_ranks,
             self.device,
             self._identity,
             wanted,
-            config.scale_format if scale_format is None else scale_format,
+            scaled,
             column_major_scales,
             zeroed,
         )
@@ -129,20 +140,39 @@ class Rank(Masks, Member):
     # ---- statistics -----------------------------------------------------------------------------
 
     def stats(self, chain: int = 0) -> StepStats:
-        """What `chain` moved since its statistics were last zeroed. Synchronises."""
+        """What `chain` moved since its statistics were last zeroed. Synchronises.
+
+        Raises ConfigError if there is no such chain.
+        """
+        self._require_chain(chain)
         values = self._ops.native.read_stats(chain)
         sums = {name: value for name, value in values.items() if isinstance(value, int)}
         return StepStats(**sums, wait_ns=tuple(values["wait_ns"][: self.num_ranks]))
 
     def stats_region(self, chain: int) -> tuple[int, int]:
-        """(address, bytes) of the chain's statistics: local memory, which a reset node zeroes."""
+        """(address, bytes) of the chain's statistics: local memory, which a reset node zeroes.
+
+        Raises ConfigError if there is no such chain.
+        """
+        self._require_chain(chain)
         layout = layout_of(self.config, self.num_ranks)
         offset = layout.stats_offset + chain * layout.stats_stride
         return self._memory.local + offset, layout.stats_bytes
 
     def epochs(self, chain: int = 0) -> tuple[int, int]:
-        """(dispatched, combined) of the chain's device words. Synchronises; for diagnosis."""
+        """(dispatched, combined) of the chain's device words. Synchronises; for diagnosis.
+
+        Raises ConfigError if there is no such chain.
+        """
+        self._require_chain(chain)
         return self._ops.native.read_state(chain)
+
+    def _require_chain(self, chain: int) -> None:
+        if type(chain) is not int or not 0 <= chain < self.config.num_chains:
+            raise ConfigError(
+                f"chain={chain!r}: the chains are 0 .. {self.config.num_chains - 1}; build the"
+                " EpConfig with a larger num_chains for more"
+            )
 
     # ---- life -----------------------------------------------------------------------------------
 
@@ -150,8 +180,9 @@ class Rank(Masks, Member):
         """Forget everything in flight and every fault. Collective, synchronises.
 
         Ranks of processes meet before and after, but those that are masked; virtual ranks are reset
-        one by one, all of them before the next operation. Masks stay. Raises PeerTimeout if a rank
-        does not come, ConfigError if ranks have different masks.
+        one by one, all of them before the next operation. Masks stay. What was sent and not waited
+        for is dropped: its wait() raises SequenceError. Raises PeerTimeout if a rank does not come,
+        ConfigError if ranks have different masks.
         """
         self._ops.synchronize()
         absent = self.masked_ranks()
@@ -159,6 +190,9 @@ class Rank(Masks, Member):
         self._ops.native.reset()
         _C.clear_faults(self._fault)
         self._routing_told = 0
+        # Their wait() would wait for what nobody sends, or take what is sent from now on.
+        for pending in self._open.values():
+            pending.drop()
         self._open.clear()
         if self._order is not None:
             self._order.forget(self.rank)
@@ -170,11 +204,16 @@ class Rank(Masks, Member):
             return
         failed = _C.read_fault(self._fault) is not None
         self._closed = True
-        if with_peers or failed:  # else kernels may wait for peers that never come
-            self._ops.synchronize()
-            # A masked rank may be anywhere, and may still write here.
-            alone = not self.virtual and (failed or bool(self.masked_ranks()))
-            self._memory.close((lambda: False) if alone else self._meet)
-        else:
-            self._memory.abandon()
-        self._ops = cast(Ops, Closed(type(self).__name__))
+        try:
+            if with_peers or failed:  # else kernels may wait for peers that never come
+                self._ops.synchronize()
+                # A masked rank may be anywhere, and may still write here.
+                alone = not self.virtual and (failed or bool(self.masked_ranks()))
+                self._memory.close((lambda: False) if alone else self._meet)
+            else:
+                self._memory.abandon()
+        except BaseException:
+            self._memory.abandon()  # nobody knows what still runs
+            raise
+        finally:
+            self._ops = cast(Ops, Closed(type(self).__name__))

@@ -46,8 +46,7 @@ class ReceiveBuffer:
         expected_tokens: int,
         late_weights: bool,
     ) -> Handle:
-        """The handle of a dispatch into these tensors; earlier ones become stale."""
-        self._uses.count += 1
+        """The handle of the next dispatch into these tensors: good once take() was called."""
         own = self.received.handle
         return replace(
             own,
@@ -56,8 +55,12 @@ class ReceiveBuffer:
             num_tokens=num_tokens,
             expected_tokens=expected_tokens,
             late_weights=late_weights,
-            use=self._uses.count,
+            use=self._uses.count + 1,
         )
+
+    def take(self) -> None:
+        """The dispatch is launched now: handles of earlier ones become stale."""
+        self._uses.count += 1
 
     def hand_out(self, handle: Handle) -> Received:
         return replace(self.received, handle=handle)

@@ -216,7 +216,7 @@ def _local_choices(
     """Local expert (or -1) and weight (or 0) of every entry of every row's token."""
     experts, tokens = config.local_experts(len(inputs)), config.max_tokens
     chosen = torch.full((len(inputs) * tokens, config.topk), -1)
-    weight = torch.zeros((len(inputs) * tokens, config.topk))
+    weight = torch.zeros((len(inputs) * tokens, config.topk), dtype=torch.float32)
     for source, one in enumerate(inputs):
         routes = clean_routes(config, one)[0]
         chosen[source * tokens : source * tokens + routes.shape[0]] = routes
@@ -258,7 +258,7 @@ def _flat_tokens(config: EpConfig, inputs: Sequence[RankInput]) -> torch.Tensor:
 
 def _entry_weights(config: EpConfig, inputs: Sequence[RankInput]) -> torch.Tensor:
     """[R*M, K] f32 weights that a combine applies: 1 where the rows are already weighted."""
-    weights = torch.zeros((len(inputs) * config.max_tokens, config.topk))
+    weights = torch.zeros((len(inputs) * config.max_tokens, config.topk), dtype=torch.float32)
     for source, one in enumerate(inputs):
         start = source * config.max_tokens
         weights[start : start + one.x.shape[0]] = one.topk_weights
@@ -346,7 +346,7 @@ def combine_in_order(
     rounded to FP32: twice rounded, so a result may differ from a true one by one BF16 ulp.
     """
     weights = _entry_weights(config, inputs).double()
-    total = torch.zeros((weights.shape[0], config.hidden))
+    total = torch.zeros((weights.shape[0], config.hidden), dtype=torch.float32)
     for rank in range(len(inputs)):
         terms, sent = _terms(config, inputs, outputs, rank)
         partial = torch.zeros_like(total)

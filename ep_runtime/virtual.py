@@ -25,7 +25,8 @@ def virtual_ranks(
     Issue every rank's dispatch() (or combine()) before any of their wait()s: ranks that share a
     GPU or the CPU are checked, and on a GPU their receives are ordered by events after all their
     sends, in eager calls and in captures. Collective calls (reset(), close()) are made rank by
-    rank. Raises ConfigError, or BuildError where the devices cannot reach each other's memory.
+    rank. Raises ConfigError, also for devices with backend="host"; BuildError where the devices are
+    not there or cannot reach each other's memory.
     """
     sizes = layout_of(config, num_ranks).sizes
     first = choose_device(backend, None if devices is None else _first(devices))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from ep_runtime import env, errors
-from ep_runtime.errors import BuildError, ConfigError, EpError, GroupFault, PeerTimeout
+from ep_runtime.errors import ConfigError, EpError, GroupFault, PeerTimeout
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -185,15 +185,16 @@ class World:
     def agree(self, what: str, step: Callable[[], T]) -> T:
         """Run `step` on every rank; if it fails on any rank, every rank raises.
 
-        The rank that failed raises its own error, the others one of the same class that names it.
+        The rank that failed raises its own error, whatever it is; the others one that names it, of
+        the same class, or GroupFault where the class is none of this package.
         """
         result: T
         failure: Exception | None = None
         try:
             result = step()
-        except (EpError, RuntimeError, OSError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, the others wait for an answer
             failure = error
-        told = {} if failure is None else {"kind": type(failure).__name__, "text": str(failure)}
+        told = {} if failure is None else {"kind": type(failure).__name__, "text": _told(failure)}
         answers = [json.loads(text) for text in self.all_gather(json.dumps(told).encode())]
         if failure is not None:
             raise failure
@@ -207,8 +208,18 @@ def _collect(store: Store, keys: list[str]) -> list[bytes | None]:
     return [bytes(store.get(key))[1:] if key else None for key in keys]
 
 
+def _told(failure: Exception) -> str:
+    """A failure as other ranks report it: with its class and a remedy where it brings none."""
+    if isinstance(failure, EpError):
+        return str(failure)
+    return (
+        f"{type(failure).__name__}: {failure}; look at that rank's traceback, then start the group"
+        " again"
+    )
+
+
 def _same_kind(name: str) -> type[EpError]:
-    kind = getattr(errors, name, BuildError)
+    kind = getattr(errors, name, GroupFault)
     if isinstance(kind, type) and issubclass(kind, EpError) and kind is not PeerTimeout:
         return kind
     return GroupFault

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,7 @@ def parse_low_latency(argv: Sequence[str]) -> LowLatencyOptions:
     parser.add_argument("--no-parts", dest="parts", action="store_false", default=None)
     parser.add_argument("--out", help=f"folder, or - for none; default: {defaults.out}")
     given = {name: v for name, v in vars(parser.parse_args(argv)).items() if v is not None}
-    for name, kind in _LISTS.items():
-        if name in given:
-            given[name] = tuple(kind(part) for part in given[name].split(",") if part)
+    _split_lists(parser, given, _LISTS)
     return LowLatencyOptions(**_with_out(given), command=command_line("low-latency", argv))
 
 
@@ -99,10 +97,22 @@ def parse_normal(argv: Sequence[str]) -> NormalOptions:
         parser.add_argument(_flag(name), action="store_true", default=None)
     parser.add_argument("--out", help=f"folder, or - for none; default: {defaults.out}")
     given = {name: v for name, v in vars(parser.parse_args(argv)).items() if v is not None}
-    for name, kind in _NORMAL_LISTS.items():
-        if name in given:
-            given[name] = tuple(kind(part) for part in given[name].split(",") if part)
+    _split_lists(parser, given, _NORMAL_LISTS)
     return NormalOptions(**_with_out(given), command=command_line("normal", argv))
+
+
+def _split_lists(
+    parser: argparse.ArgumentParser, given: dict[str, Any], kinds: Mapping[str, type]
+) -> None:
+    """Texts of lists into tuples, in place. Exits with usage on an entry of another kind."""
+    for name, kind in kinds.items():
+        parts = [part for part in given.get(name, "").split(",") if part]
+        try:
+            values = tuple(kind(part) for part in parts)
+        except ValueError as error:
+            parser.error(f"argument {_flag(name)}: {given[name]!r} is no list of numbers: {error}")
+        if name in given:
+            given[name] = values
 
 
 def parse_link(argv: Sequence[str]) -> LinkOptions:

@@ -151,5 +151,11 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read what write_records wrote."""
-    return [Record.from_json(values) for values in json.loads(path.read_text())]
+    """Read what write_records wrote. Raises ConfigError for a file that it did not write."""
+    try:
+        return [Record.from_json(values) for values in json.loads(path.read_text())]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} holds no records of a benchmark ({type(error).__name__}: {error}); give a JSON"
+            " file that `ep-runtime bench` wrote"
+        ) from error

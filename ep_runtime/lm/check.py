@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ep_runtime.errors import ShapeError
+from ep_runtime.errors import ConfigError, ShapeError
 from ep_runtime.lm.checkpoint import Checkpoint
 from ep_runtime.lm.config import VOCAB
 
@@ -25,6 +26,14 @@ class Sampling:
 
     temperature: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(
+                f"temperature={self.temperature} must be finite and at least 0: 0 is greedy"
+            )
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must be at least 0")
 
     def scores(self, logits: Tensor, prompt_index: int, position: int) -> Tensor:
         """[256] on the CPU: the token with the highest score is chosen."""

@@ -105,7 +105,14 @@ def load(path: Path | None = None) -> Checkpoint:
         )
     config = LmConfig.from_json(metadata.get("config", ""))
     _check_tensors(path, config, weights)
-    return Checkpoint(config, weights, json.loads(metadata.get("training", "{}")))
+    try:
+        training = json.loads(metadata.get("training", "{}"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path} says of its training what is not JSON ({error}); fetch it again or give"
+            " another"
+        ) from error
+    return Checkpoint(config, weights, training)
 
 
 def _check_tensors(path: Path, config: LmConfig, weights: Mapping[str, Tensor]) -> None:

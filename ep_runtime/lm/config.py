@@ -32,8 +32,9 @@ class LmConfig:
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "num_experts", "inner", "shared_inner"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; want at least 1")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} is {value!r}; want a whole number of at least 1")
         if self.hidden % 128:
             raise ConfigError(f"hidden is {self.hidden}; want a multiple of 128")
         if self.hidden % (2 * self.heads):
@@ -41,12 +42,14 @@ class LmConfig:
                 f"heads is {self.heads}; want a divisor of hidden / 2 = {self.hidden // 2} "
                 "(a head rotates pairs of channels)"
             )
-        if not 1 <= self.topk <= self.num_experts:
+        if type(self.topk) is not int or not 1 <= self.topk <= self.num_experts:
             raise ConfigError(
                 f"topk is {self.topk}; want 1 to num_experts = {self.num_experts}; lower topk"
             )
-        if self.max_context < 2:
-            raise ConfigError(f"max_context is {self.max_context}; want at least 2")
+        if type(self.max_context) is not int or self.max_context < 2:
+            raise ConfigError(
+                f"max_context is {self.max_context!r}; want a whole number of at least 2"
+            )
 
     @property
     def head_dim(self) -> int:

@@ -60,9 +60,11 @@ class NormalBuffer(NormalSteps):
         num_sms  most SMs an operation uses, where the call does not say; None: what
                  `ep-runtime tune` found for this GPU and number of ranks, or else 24
         backend  "host", "cuda", or "auto": CUDA where torch and the native module have it
-        device   the GPU; default: torch's current one
-        Raises ConfigError on every rank if configurations differ (naming ranks and fields),
-        BuildError where this machine lacks what it takes, PeerTimeout if a rank does not come.
+        device   the GPU; default: torch's current one. None, or the CPU, with "host"
+        Raises ConfigError on every rank if configurations differ (naming ranks and fields) or the
+        backend does not run on `device`, BuildError where this machine lacks what it takes (a GPU
+        that was named with "auto" among it), PeerTimeout if a rank does not come, and GroupFault
+        where another rank failed with an error that is not of this package.
         """
         place = world.agree("choosing the backend", lambda: choose_device(backend, device))
         config = world.agree(
@@ -188,7 +190,10 @@ class NormalBuffer(NormalSteps):
         expert_alignment  recv_per_expert and recv_counts are rounded up to multiples of it
         num_worst_tokens  0: exactly as many rows as arrive, and one wait of the host for that
                           number. Else that many rows, no wait, capturable: rows after the last
-                          one that arrived have topk_idx -1. The same on every rank
+                          one that arrived have topk_idx -1. The same on every rank. R times the
+                          most tokens of any rank always suffices; where more rows arrive, all
+                          ranks get DesyncError (once the device has recorded it) and the result
+                          is undefined
         num_sms           most SMs to use; None: the buffer's
         T may differ between ranks and be 0; in worst-case mode it is at most max_tokens.
         Raises ShapeError or CaptureError before anything is launched, RoutingFault for an earlier
@@ -288,7 +293,9 @@ class NormalBuffer(NormalSteps):
             out = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
         weights = None
         if topk_weights is not None:
-            weights = torch.empty((handle.num_tokens, topk), device=self.device)
+            weights = torch.empty(
+                (handle.num_tokens, topk), dtype=torch.float32, device=self.device
+            )
         if self._nodes is not None:
             self._nodes.combine(x, stride, handle, topk_weights, topk, biases, out, weights, sms)
             return out, weights

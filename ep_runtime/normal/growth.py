@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ep_runtime.errors import CaptureError, ShapeError
+from ep_runtime.errors import CaptureError
 from ep_runtime.memory.base import log
 from ep_runtime.normal.config import HEAP_STEP
 from ep_runtime.normal.heap import DataHeap, HeapSizes
@@ -20,16 +20,22 @@ class GrowingRank(NormalRank):
         """Make the heap large enough for so many tokens or channels. Collective where it grows.
 
         Every rank passes the same. For what the buffer was not built for, before a capture (which
-        cannot grow the heap). Never shrinks. Raises ConfigError.
+        cannot grow the heap). Never shrinks.
+        Raises ConfigError for sizes out of range, CaptureError where it would grow in a capture,
+        ShapeError where it would grow and rows cross nodes by puts, and whatever allocating raises;
+        the buffer then takes what it took before.
         """
         self._check_fatal()
         old = self.config
-        self.config = replace(
+        config = replace(
             old,
             max_tokens=max(old.max_tokens, max_tokens or 0),
             max_hidden=max(old.max_hidden, max_hidden or 0),
         )
-        self.config.validate_for(self.num_ranks)
+        config.validate_for(self.num_ranks)
+        # Of the parts as well: one may have grown before another fails.
+        configs = [(one, one.config) for one in (self, *self._parts)]
+        self.config = config
         wanted, before = self.config.heap_sizes(self.num_ranks), self.stats.growths
         try:
             self._make_room(wanted.staging, wanted.inbox)
@@ -38,8 +44,9 @@ class GrowingRank(NormalRank):
                 part.reserve(
                     max_tokens=share * self.config.max_tokens, max_hidden=self.config.max_hidden
                 )
-        except (CaptureError, ShapeError):
-            self.config = old
+        except BaseException:
+            for one, its in configs:
+                one.config = its
             raise
         if self._parts and self.stats.growths != before:
             self.world.barrier()  # parts grew with their members alone: see NodePath

@@ -24,7 +24,7 @@ def sum_by_nodes(
              different nodes come one after the other.
     Does not synchronise; capturable.
     """
-    total = torch.zeros(out.shape, device=out.device)
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     total_weights = None if weights is None else torch.zeros_like(weights)
     for bias in biases:
         total += bias.float()

@@ -175,7 +175,8 @@ class MappedRails:
         rows = torch.empty((rail_rows, hidden), dtype=torch.bfloat16, device=device)
         if topk is None:
             return HomeRows(rows, None, 0)
-        return HomeRows(rows, torch.empty((rail_rows, topk), device=device), topk)
+        weights = torch.empty((rail_rows, topk), dtype=torch.float32, device=device)
+        return HomeRows(rows, weights, topk)
 
     def bring_home(
         self,

@@ -147,16 +147,27 @@ class NormalRank(Member):
             return
         failed = _C.read_fault(self._fault) is not None
         self._closed = True
-        for part in self._parts:
-            part._close(with_peers)
-        heaps = [*self._retired, self._heap]
-        if with_peers or failed:  # else kernels may wait for peers that never come
-            self._ops.synchronize()
-            self._close_memory(heaps, met=not failed and self._meet())
-        else:
-            for heap in heaps:
-                heap.abandon()
-            self._control.abandon()
+        try:
+            for part in self._parts:
+                part._close(with_peers)
+            if with_peers or failed:  # else kernels may wait for peers that never come
+                self._ops.synchronize()
+                heaps = [*self._retired, self._heap]
+                self._close_memory(heaps, met=not failed and self._meet())
+            else:
+                self._abandon()
+        except BaseException:
+            for one in (*self._parts, self):  # nobody knows what still runs
+                one._abandon()
+            raise
+        self._ops = cast(NormalOps, Closed(type(self).__name__))
+
+    def _abandon(self) -> None:
+        """Close, and keep all memory until the process ends: something may still write to it."""
+        self._closed = True
+        for heap in (*self._retired, self._heap):
+            heap.abandon()
+        self._control.abandon()
         self._ops = cast(NormalOps, Closed(type(self).__name__))
 
     def _close_memory(self, heaps: list[DataHeap], met: bool) -> None:

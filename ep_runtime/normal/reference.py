@@ -99,7 +99,7 @@ def _received(
     if first.scales is not None:
         scales = torch.empty((len(source), *first.scales.shape[1:]), dtype=first.scales.dtype)
     idx = torch.full((len(source), topk), -1, dtype=torch.int64)
-    weights = torch.zeros((len(source), topk))
+    weights = torch.zeros((len(source), topk), dtype=torch.float32)
     counts = torch.zeros(local, dtype=torch.int64)
     for row, (sender, token) in enumerate(source):
         one = inputs[sender]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ep_runtime.integrations.deep_ep.buffer import Buffer
     from ep_runtime.integrations.deep_ep.config import Config
     from ep_runtime.integrations.deep_ep.events import EventHandle, EventOverlap
+    from ep_runtime.integrations.deep_ep.group import check_nvlink_connections
 
 topk_idx_t = torch.int64
 # The interface is that of DeepEP's last V1 commit, 567632d, which called itself 1.2.1.
@@ -31,6 +32,7 @@ _HOME = {
     "Config": "config",
     "EventHandle": "events",
     "EventOverlap": "events",
+    "check_nvlink_connections": "group",
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "EventHandle",
     "EventOverlap",
     "__version__",
+    "check_nvlink_connections",
     "install",
     "topk_idx_t",
 ]

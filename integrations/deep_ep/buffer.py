@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ep_runtime.errors import ConfigError, ShapeError
-from ep_runtime.integrations.deep_ep.config import Config
+from ep_runtime.integrations.deep_ep.config import Config, check_num_sms, plain
 from ep_runtime.integrations.deep_ep.core import Core
 from ep_runtime.integrations.deep_ep.events import EventOverlap
 from ep_runtime.integrations.deep_ep.low_latency_handle import LowLatencyHandle
@@ -35,6 +35,13 @@ class Buffer(Core):
     Errors are those of ep_runtime.errors, where DeepEP asserts.
     """
 
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """SMs that normal operations use from now on (with the default Config); even."""
+        # Not of a subclass that this is called on: there is one number, as in DeepEP.
+        Buffer.num_sms = check_num_sms(new_num_sms)
+        Buffer._sms_chosen = True
+
     # ---- normal calls ---------------------------------------------------------------------------
 
     def get_dispatch_layout(
@@ -54,7 +61,7 @@ class Buffer(Core):
         """
         self._check_open()
         found, per_node, event = self._normal.layout(
-            topk_idx, num_experts, (previous_event, async_finish, allocate_on_comm_stream)
+            topk_idx, plain(num_experts), (previous_event, async_finish, allocate_on_comm_stream)
         )
         return (
             found.tokens_per_rank,
@@ -100,13 +107,14 @@ class Buffer(Core):
         self._check_nodes(num_tokens_per_rdma_rank, handle)
         flow = (previous_event, async_finish, allocate_on_comm_stream)
         config = self.get_dispatch_config(self.group_size) if config is None else config
+        num_sms = check_num_sms(config.num_sms)
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ShapeError(
                     "topk_idx or topk_weights with a handle: a cached dispatch sends rows alone;"
                     " leave them out"
                 )
-            received, event = self._normal.dispatch_cached(x, handle, config.num_sms, flow)
+            received, event = self._normal.dispatch_cached(x, handle, num_sms, flow)
             return _with_scales(received), None, None, None, None, event
         layout = _layout(num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank)
         received, made, event = self._normal.dispatch(
@@ -114,9 +122,9 @@ class Buffer(Core):
             layout,
             topk_idx,
             topk_weights,
-            expert_alignment,
-            num_worst_tokens,
-            config.num_sms,
+            plain(expert_alignment),
+            plain(num_worst_tokens),
+            num_sms,
             flow,
         )
         return (
@@ -143,7 +151,7 @@ class Buffer(Core):
 
         x             bf16 [N, H], one row per received row
         topk_weights  float32 [N, K]: added up like the rows (for a backward pass), or None
-        bias          one or two bf16 [T, H] that start the sum, or None
+        bias          one or two bf16 [T, H] that start the sum, or None, also for one of the two
         Returns (bf16 [T, H], float32 [T, K] or None, event). FP32 sum in the order of ranks,
         rounded once.
         """
@@ -154,7 +162,7 @@ class Buffer(Core):
             handle,
             topk_weights,
             bias,
-            config.num_sms,
+            check_num_sms(config.num_sms),
             (previous_event, async_finish, allocate_on_comm_stream),
         )
 
@@ -277,7 +285,8 @@ class Buffer(Core):
         cumulative_local_expert_recv_stats  int32 [L]: received rows are added
         dispatch_wait_recv_cost_stats       int64 [R]: nanoseconds waited for each rank are added
         use_fp8, round_scale, use_ue8m0     quantise to e4m3 per 128 channels; to powers of two;
-                                            keep these as exponents, four to an int32
+                                            keep these as exponents, four to an int32. Without
+                                            use_fp8 there are none
         return_recv_hook                    send only; the returned hook receives, without holding
                                             an SM in between
         Returns (rows, recv_count int32 [L], handle, event, hook); rows are bf16 [L, R*M, H], or
@@ -348,14 +357,17 @@ class Buffer(Core):
         Low-latency calls neither send to nor wait for a masked rank. All ranks that are not masked
         must mask the same; before one is unmasked, all ranks clean_low_latency_buffer().
         """
+        self._check_open()
         self._mask.update(rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Write 1 for each masked rank and 0 for the others into int32 [R]. Capturable."""
+        self._check_open()
         self._mask.query(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Unmask all ranks. Capturable; see low_latency_update_mask_buffer()."""
+        self._check_open()
         self._mask.clean()
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from ep_runtime import env
 from ep_runtime.errors import ConfigError
@@ -20,8 +24,9 @@ NODE_RANKS = 8  # of a node, where nobody says otherwise
 class Config:
     """DeepEP's tuning of a normal dispatch or combine.
 
-    num_sms  SMs that the kernel may use; a positive even number. The chunk sizes describe ring
-             queues, which this implementation does not have: they are checked and kept, no more.
+    num_sms  SMs that the kernel may use; calls take a positive even number. The chunk sizes
+             describe ring queues, which this implementation does not have: they are checked and
+             kept, no more.
     Raises ConfigError where DeepEP asserts.
     """
 
@@ -33,10 +38,11 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name}={value!r}: it must be a positive integer")
-        check_num_sms(self.num_sms)
+            value = plain(getattr(self, name))
+            least = 0 if name == "num_sms" else 1  # calls that use it ask for more
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name}={value!r}: it must be an integer from {least} on")
+            object.__setattr__(self, name, value)
         nvl_send, nvl_recv = (
             self.num_max_nvl_chunked_send_tokens,
             self.num_max_nvl_chunked_recv_tokens,
@@ -61,7 +67,7 @@ class Config:
 
         hidden_bytes  of one row. Dispatches of more tokens work too: see Buffer.
         """
-        _check_hint(hidden_bytes, num_ranks)
+        hidden_bytes, num_ranks = _check_hint(hidden_bytes, num_ranks)
         row = hidden_bytes + _METADATA_BYTES
         # The constructor takes no more than 2**31 - 1 where num_rdma_bytes is given as well.
         wanted = min(2 * num_ranks * HINT_TOKENS * row, 2**31 - ALIGNMENT)
@@ -73,7 +79,7 @@ class Config:
 
         A node has EP_RANKS_PER_NODE ranks, or else DeepEP's 8.
         """
-        _check_hint(hidden_bytes, num_ranks)
+        hidden_bytes, num_ranks = _check_hint(hidden_bytes, num_ranks)
         per_node = env.read().ranks_per_node or NODE_RANKS
         nodes = -(-num_ranks // per_node)
         if nodes == 1:
@@ -90,8 +96,20 @@ class Config:
         return -(-wanted // ALIGNMENT) * ALIGNMENT
 
 
+def plain(value: Any) -> Any:
+    """An integer of another type, such as numpy's, as an int; anything else as it is."""
+    # No tensor: to read one waits for the device. No bool: where a number is asked for, a mistake.
+    if type(value) is int or isinstance(value, bool | torch.Tensor):
+        return value
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        return value
+
+
 def check_num_sms(num_sms: object) -> int:
-    """`num_sms`, if DeepEP would take it."""
+    """`num_sms` as an int, if DeepEP's kernels would take it."""
+    num_sms = plain(num_sms)
     if type(num_sms) is not int or num_sms < 2 or num_sms % 2:
         raise ConfigError(f"num_sms={num_sms!r}: it must be a positive even integer")
     return num_sms
@@ -109,12 +127,15 @@ def combine_config(num_ranks: int, num_sms: int) -> Config:
     return Config(num_sms, *_COMBINE_CHUNKS)
 
 
-def _check_ranks(num_ranks: int) -> None:
+def _check_ranks(num_ranks: object) -> int:
+    num_ranks = plain(num_ranks)
     if type(num_ranks) is not int or num_ranks < 1:
         raise ConfigError(f"num_ranks={num_ranks!r}: it must be a positive integer")
+    return num_ranks
 
 
-def _check_hint(hidden_bytes: int, num_ranks: int) -> None:
-    _check_ranks(num_ranks)
+def _check_hint(hidden_bytes: object, num_ranks: object) -> tuple[int, int]:
+    hidden_bytes = plain(hidden_bytes)
     if type(hidden_bytes) is not int or hidden_bytes < 1:
         raise ConfigError(f"hidden_bytes={hidden_bytes!r}: it must be the bytes of a row")
+    return hidden_bytes, _check_ranks(num_ranks)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ep_runtime.errors import ConfigError, SequenceError, ShapeError
 from ep_runtime.integrations.deep_ep import config as tuning
 from ep_runtime.integrations.deep_ep import low_latency
-from ep_runtime.integrations.deep_ep.config import Config
+from ep_runtime.integrations.deep_ep.config import Config, plain
 from ep_runtime.integrations.deep_ep.events import EventHandle, EventOverlap
 from ep_runtime.integrations.deep_ep.group import Comm, world_of
 from ep_runtime.integrations.deep_ep.low_latency import LowLatency
@@ -33,6 +33,9 @@ class Core:
 
     num_sms: ClassVar[int] = DEFAULT_SMS
     _sms_chosen: ClassVar[bool] = False
+    # Programs compare it with 2 * (M + 1). There are no queue pairs: any M that calls take fits.
+    nvshmem_qp_depth: ClassVar[int] = 2 * (_C.limits()["max_tokens"] + 1)
+    _closed = True  # until the constructor is through: what failed in it has nothing to keep
 
     def __init__(
         self,
@@ -56,17 +59,21 @@ class Core:
         low_latency_mode    allow low-latency calls
         explicitly_destroy  destroy() gives the memory back; else it stays until the process ends
         enable_shrink       allow the mask calls; clean_low_latency_buffer() then also resets
-        comm                an mpi4py communicator instead of `group`
+        comm                an mpi4py communicator, where `group` is None
         Memory is allocated in the first call that needs it. What concerns networks
         (num_qps_per_rank, allow_*, use_fabric) has no effect. Raises ConfigError.
         """
+        num_nvl_bytes, num_rdma_bytes = plain(num_nvl_bytes), plain(num_rdma_bytes)
         _check_bytes(num_nvl_bytes, num_rdma_bytes)
-        if type(num_qps_per_rank) is not int or num_qps_per_rank < 1:
-            raise ConfigError(f"num_qps_per_rank={num_qps_per_rank!r}: it must be at least 1")
+        num_qps_per_rank = plain(num_qps_per_rank)
+        if low_latency_mode and (type(num_qps_per_rank) is not int or num_qps_per_rank < 1):
+            raise ConfigError(
+                f"num_qps_per_rank={num_qps_per_rank!r} with low_latency_mode=True: it must be at"
+                " least 1; the number of local experts is usual"
+            )
         del allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric  # one machine, one fabric
-        self._closed = False
         world = world_of(group, comm)
-        self.group = group
+        self.group = comm if group is None else group
         self.rank = world.rank
         self.group_size = world.num_ranks
         self.num_nvl_bytes = num_nvl_bytes
@@ -79,6 +86,7 @@ class Core:
         self._low_latency = LowLatency(self._place, self._mask)
         self._normal = Normal(self._place, num_nvl_bytes)
         self._scratch: dict[bool, torch.Tensor] = {}
+        self._closed = False
 
     # ---- life -----------------------------------------------------------------------------------
 
@@ -98,19 +106,13 @@ class Core:
             self._scratch.clear()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+        if not self._closed:
             _kept.append((self._low_latency, self._normal))
 
     @staticmethod
     def is_sm90_compiled() -> bool:
         """The native module has kernels for Hopper GPUs."""
         return bool(_C.has_cuda)
-
-    @classmethod
-    def set_num_sms(cls, new_num_sms: int) -> None:
-        """SMs that normal operations use from now on (with the default Config); even."""
-        cls.num_sms = tuning.check_num_sms(new_num_sms)
-        cls._sms_chosen = True
 
     @staticmethod
     def capture() -> EventOverlap:

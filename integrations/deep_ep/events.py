@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -45,15 +45,37 @@ class EventOverlap:
     ) -> None:
         self.event = event
         self.extra_tensors = extra_tensors
+        self.hook_after_wait: Callable[[], object] | None = None
+        self._release_after_block = False
 
-    def current_stream_wait(self) -> None:
-        """Let the current stream wait for the event. Raises SequenceError if there is none."""
+    def current_stream_wait(self, release_handle: bool = False) -> None:
+        """Let the current stream wait for the event, then call the hook. release_handle: drop the
+        event. Raises SequenceError if there is none."""
         if self.event is None:
             raise SequenceError(
                 "current_stream_wait() on an EventOverlap without an event: the call that returned"
                 " it ran on the current stream already; pass async_finish=True, or do not wait"
             )
         self.event.current_stream_wait()
+        hook, self.hook_after_wait = self.hook_after_wait, None
+        if hook is not None:
+            hook()
+        if release_handle:
+            self.event = None
+
+    def register_hook_after_wait(self, hook_after_wait: Callable[[], object]) -> None:
+        """Call it once, behind the next wait. Raises SequenceError if one is there already."""
+        if self.hook_after_wait is not None:
+            raise SequenceError(
+                "register_hook_after_wait() while another hook is registered: call"
+                " current_stream_wait() first, or register one function that does both"
+            )
+        self.hook_after_wait = hook_after_wait
+
+    def __call__(self, release_handle: bool = False) -> EventOverlap:
+        """For `with overlap(release_handle=True):`: itself; drop the event behind the block."""
+        self._release_after_block = release_handle
+        return self
 
     def __enter__(self) -> Any:
         return self
@@ -64,8 +86,9 @@ class EventOverlap:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        release, self._release_after_block = self._release_after_block, False
         if self.event is not None:
-            self.event.current_stream_wait()
+            self.current_stream_wait(release)
 
 
 class CommStream:
@@ -143,11 +166,18 @@ def _capturing(stream: torch.cuda.Stream) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+def _can_be_awaited(overlap: object) -> bool:
+    """DeepEP takes whatever has `event`; what has none it would not wait for, without a word."""
+    missing = object()
+    event = getattr(overlap, "event", missing)
+    return event is None or hasattr(event, "current_stream_wait")
+
+
 def check_async(
     previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool
 ) -> None:
     """Where DeepEP asserts: allocating on the communication stream needs an event and async."""
-    if previous_event is not None and not isinstance(previous_event, EventOverlap):
+    if previous_event is not None and not _can_be_awaited(previous_event):
         raise ShapeError(
             f"previous_event is a {type(previous_event).__name__}: it must be an EventOverlap;"
             " Buffer.capture() makes one"

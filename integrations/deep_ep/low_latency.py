@@ -11,11 +11,13 @@ from ep_runtime.buffer import Buffer as EpBuffer
 from ep_runtime.config import EpConfig
 from ep_runtime.errors import ConfigError, SequenceError, ShapeError
 from ep_runtime.handles import Received
+from ep_runtime.integrations.deep_ep.config import plain
 from ep_runtime.integrations.deep_ep.events import EventOverlap
 from ep_runtime.integrations.deep_ep.low_latency_handle import (
     Engine,
     LowLatencyHandle,
     engine_of,
+    routing_of,
     zero_copy_rows,
 )
 from ep_runtime.integrations.deep_ep.mask import RankMask
@@ -56,15 +58,18 @@ class LowLatency:
     ) -> tuple[Rows, torch.Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
         """See Buffer.low_latency_dispatch."""
         _check_modes(async_finish, return_recv_hook)
-        if use_ue8m0 and not (use_fp8 and round_scale):
+        if use_ue8m0 and not round_scale:
             raise ConfigError(
-                f"use_ue8m0=True with use_fp8={use_fp8}, round_scale={round_scale}: scales can be"
-                " kept as exponents only where they are powers of two; pass both as True"
+                "use_ue8m0=True with round_scale=False: scales can be kept as exponents only where"
+                " they are powers of two; pass both as True"
             )
         engine = self._engine(x, topk_idx, max_tokens, num_experts)
         buffer = engine.buffer
+        topk_idx = _of_width(topk_idx, buffer.config.topk)
         dispatch_format: Literal["bf16", "fp8"] = "fp8" if use_fp8 else "bf16"
-        scale_format: Literal["float32", "ue8m0"] = "ue8m0" if use_ue8m0 else "float32"
+        scale_format: Literal["float32", "ue8m0"] = "float32"
+        if use_ue8m0 and use_fp8:  # without FP8 there are no scales to keep
+            scale_format = "ue8m0"
         into = buffer.new_receive(
             dispatch_format=dispatch_format,
             scale_format=scale_format,
@@ -117,7 +122,7 @@ class LowLatency:
             raise ConfigError(
                 "use_logfmt=True with zero_copy=True: rows in place cannot be encoded; pass one"
             )
-        engine, routing = engine_of(handle)
+        engine, routing = engine_of(handle), routing_of(handle)
         if topk_idx.shape != topk_weights.shape:
             raise ShapeError(
                 f"topk_idx is {list(topk_idx.shape)}, topk_weights is {list(topk_weights.shape)}:"
@@ -125,6 +130,7 @@ class LowLatency:
             )
         rows = zero_copy_rows(engine, x) if zero_copy else x
         buffer = engine.buffer
+        topk_weights = _of_width(topk_weights, buffer.config.topk)
         hook: Hook | None = None
         if out is None:
             out = torch.empty(
@@ -151,12 +157,12 @@ class LowLatency:
                 lambda: buffer.combine_fused(rows, routing, **options), async_finish=async_finish
             )
         if async_finish:
-            self._keep(event, rows, topk_weights, out, wait_ns, *handle[:2])
+            self._keep(event, rows, topk_weights, out, wait_ns, routing.routing, *handle[:2])
         return out, event, hook
 
     def next_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """See Buffer.get_next_low_latency_combine_buffer."""
-        engine, _ = engine_of(handle)
+        engine = engine_of(handle)
         buffer = engine.buffer
         self._place.comm.join()  # an asynchronous combine may still read it
         if engine.combine_rows is None:
@@ -174,7 +180,9 @@ class LowLatency:
 
     def clean(self, max_tokens: int, hidden: int, num_experts: int) -> None:
         """See Buffer.clean_low_latency_buffer."""
-        _config(num_experts, 1, hidden, max_tokens).validate_for(self._place.world.num_ranks)
+        _config(plain(num_experts), 1, plain(hidden), plain(max_tokens)).validate_for(
+            self._place.world.num_ranks
+        )
         resets = self._mask.enabled and not self._place.capturing()
         for engine in self._engines.values():
             (engine.buffer.reset if resets else engine.buffer.check)()
@@ -196,11 +204,23 @@ class LowLatency:
                 f"x is {list(x.shape)}, topk_idx is {list(topk_idx.shape)}: they must be [T, H] and"
                 " [T, K]"
             )
-        key = (num_experts, topk_idx.shape[1], x.shape[1], max_tokens)
+        key = (plain(num_experts), topk_idx.shape[1], x.shape[1], plain(max_tokens))
         engine = self._engines.get(key)
+        if engine is None and not x.shape[0] and not topk_idx.shape[0]:
+            engine = self._only_one(*key)
         if engine is None:
             engine = self._engines[key] = self._build(x, _config(*key))
         return engine
+
+    def _only_one(self, num_experts: int, _: int, hidden: int, max_tokens: int) -> Engine | None:
+        """The engine of these sizes whatever its K, for a rank without tokens: there K says
+        nothing, and programs give one that is not the peers'. None if more than one fits."""
+        fitting = [
+            engine
+            for (experts, _, width, most), engine in self._engines.items()
+            if (experts, width, most) == (num_experts, hidden, max_tokens)
+        ]
+        return fitting[0] if len(fitting) == 1 else None
 
     def _build(self, x: torch.Tensor, config: EpConfig) -> Engine:
         """Collective: all ranks come with the same sizes, or all raise."""
@@ -228,7 +248,8 @@ class LowLatency:
 
 def size_hint(max_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
     """Bytes of the symmetric memory of one rank, for the widest routing."""
-    layout = layout_of(_config(num_experts, MAX_TOPK, hidden, max_tokens), num_ranks)
+    config = _config(plain(num_experts), MAX_TOPK, plain(hidden), plain(max_tokens))
+    layout = layout_of(config, plain(num_ranks))
     return -(-layout.sizes.heap // HINT_ALIGNMENT) * HINT_ALIGNMENT
 
 
@@ -241,6 +262,13 @@ def _config(num_experts: int, topk: int, hidden: int, max_tokens: int) -> EpConf
         num_chains=1,
         dispatch_format="bf16",
     )
+
+
+def _of_width(tensor: torch.Tensor, topk: int) -> torch.Tensor:
+    """[0, any] as [0, K]: see _only_one. What has rows is left to the checks."""
+    if tensor.dim() != 2 or tensor.shape[0] or tensor.shape[1] == topk:
+        return tensor
+    return tensor.new_empty((0, topk))
 
 
 def _check_modes(async_finish: bool, return_recv_hook: bool) -> None:
@@ -256,6 +284,8 @@ def _tensors(received: Received) -> list[torch.Tensor | None]:
         received.x,
         received.scales,
         received.recv_count,
+        received.num_messages,
         received.source_token,
         received.layout_range,
+        received.handle.routing,
     ]

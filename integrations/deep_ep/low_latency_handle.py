@@ -48,18 +48,23 @@ class Engine:
     combine_rows: torch.Tensor | None = None
 
 
-def engine_of(handle: LowLatencyHandle) -> tuple[Engine, Handle]:
-    """What a combine of `handle` takes. Raises ShapeError or SequenceError."""
+def engine_of(handle: LowLatencyHandle) -> Engine:
+    """The buffer of the dispatch, received or not. Raises ShapeError."""
     if not isinstance(handle, LowLatencyHandle):
         raise ShapeError(
             f"handle is a {type(handle).__name__}: pass the handle that low_latency_dispatch"
             " returned, itself"
         )
+    return handle.engine
+
+
+def routing_of(handle: LowLatencyHandle) -> Handle:
+    """What a combine of `handle` takes. Raises SequenceError."""
     if handle.routing is None:
         raise SequenceError(
             "combine of a handle whose dispatch was not received: call its hook first"
         )
-    return handle.engine, handle.routing
+    return handle.routing
 
 
 def zero_copy_rows(engine: Engine, x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from ep_runtime.buffer import Buffer as EpBuffer
 from ep_runtime.errors import ConfigError, ShapeError
+from ep_runtime.integrations.deep_ep.config import plain
 from ep_runtime.integrations.deep_ep.place import Place
 
 
@@ -36,6 +37,7 @@ class RankMask:
     def update(self, rank: int, mask: bool) -> None:
         """Mask or unmask `rank`, in stream order. Capturable."""
         self._check_enabled("low_latency_update_mask_buffer")
+        rank = plain(rank)
         if type(rank) is not int or not 0 <= rank < len(self._told):
             raise ShapeError(
                 f"rank_to_mask={rank!r}: it must be a rank, 0 to {len(self._told) - 1}"

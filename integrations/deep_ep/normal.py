@@ -18,7 +18,7 @@ from ep_runtime.world import World
 
 T = TypeVar("T")
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-Bias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+Bias = torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None]
 Flow = tuple[EventOverlap | None, bool, bool]  # previous_event, async, allocate on comm stream
 
 MIN_TOKENS = 128
@@ -216,7 +216,8 @@ class Normal:
         """See Buffer.combine."""
         routing = _routing(handle)
         buffer = self._get(x, 0, DEFAULT_HIDDEN)
-        biases = () if bias is None else _tensors(bias)
+        given = bias if isinstance(bias, tuple) else (bias,)
+        biases = tuple(one for one in given if one is not None)
         (out, weights), event = self._run(
             lambda: buffer.combine(
                 x, routing, topk_weights=topk_weights, bias=biases, num_sms=num_sms

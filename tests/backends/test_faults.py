@@ -21,6 +21,7 @@ from ep_runtime import (
     EpConfig,
     PeerTimeout,
     RoutingFault,
+    SequenceError,
     reference,
 )
 
@@ -149,5 +150,10 @@ def test_reset_drops_what_is_in_flight(
     group.each("dispatch", same_work(rng, config, group))
     group.all("query", "reset")
     assert group.all("query", "epochs", 0) == [(0, 0)] * place.num_ranks
+    started = time.monotonic()
+    for outcome in group.outcomes("receive", [(0,)] * place.num_ranks):
+        assert isinstance(outcome, SequenceError), outcome
+        assert "dropped by reset()" in str(outcome)
+    assert time.monotonic() - started < 5  # nobody waits for what nobody sends
     good_pair(group, config, rng)
     assert group.all("query", "epochs", 0) == [(1, 1)] * place.num_ranks

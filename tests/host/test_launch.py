@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -66,6 +67,20 @@ def test_the_first_failure_ends_all_ranks(left_behind: Callable[[], set[Any]]) -
     assert (raised.value.rank, raised.value.kind) == (1, "ValueError")
     assert "fail_on_rank_1" in raised.value.trace
     assert not left_behind()
+
+
+def test_a_rank_failure_crosses_processes() -> None:
+    """A job inside another job's rank, or a pool's worker, passes it on as it is."""
+    failure = RankFailed(3, "ValueError", "a bad apple", "Traceback ...")
+    copy = pickle.loads(pickle.dumps(failure))
+    assert type(copy) is RankFailed
+    assert str(copy) == str(failure)
+    assert (copy.rank, copy.kind, copy.text, copy.trace) == (
+        3,
+        "ValueError",
+        "a bad apple",
+        "Traceback ...",
+    )
 
 
 def test_survivors_of_a_killed_rank_report_their_own_end() -> None:

@@ -17,13 +17,19 @@ import deep_ep
 from deep_ep import Buffer, Config, EventHandle, EventOverlap, topk_idx_t
 from deep_ep.buffer import Buffer as same_buffer
 from deep_ep.utils import EventHandle as same_handle, EventOverlap as same_overlap
-from deep_ep_cpp import Config as same_config
+from deep_ep.utils import check_nvlink_connections
+from deep_ep_cpp import Config as same_config, get_low_latency_rdma_size_hint, is_sm90_compiled
 import ep_runtime.integrations.deep_ep as ours
 import torch
 assert Buffer is same_buffer is ours.Buffer and Config is same_config is ours.Config
 assert EventHandle is same_handle is ours.EventHandle
 assert EventOverlap is same_overlap is ours.EventOverlap
 assert topk_idx_t is torch.int64
+assert deep_ep.utils.check_nvlink_connections is deep_ep.buffer.check_nvlink_connections
+assert check_nvlink_connections(None) is None
+assert is_sm90_compiled() is Buffer.is_sm90_compiled()
+sizes = 128, 7168, 8, 256
+assert get_low_latency_rdma_size_hint(*sizes) == Buffer.get_low_latency_rdma_size_hint(*sizes)
 for name in ("deep_ep", "deep_ep.utils", "deep_ep.buffer", "deep_ep_cpp"):
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.name == name and spec.origin, name

@@ -68,7 +68,8 @@ def test_config_has_deep_ep_defaults_and_limits() -> None:
     config = Config()
     assert [getattr(config, name) for name in Config.__slots__] == [20, 6, 256, 6, 256]
     assert Config(24, 8, 256, 16, 128).num_sms == 24
-    for bad in ((21,), (0,), (-2,), (20, 256, 256), (20, 6, 256, 65, 128), (20.0,)):
+    assert [Config(number).num_sms for number in (0, 21)] == [0, 21]  # as DeepEP takes them
+    for bad in ((-2,), (20, 0), (20, 256, 256), (20, 6, 256, 65, 128), (20.0,)):
         with pytest.raises(ConfigError):
             Config(*bad)
     row = 7168 * 2
@@ -154,6 +155,11 @@ class FakeComm:
         dist.broadcast_object_list(box, src=root, group=self.rank.group)
         return box[0]
 
+    def allgather(self, obj: Any) -> list[Any]:
+        told: list[Any] = [None] * self.rank.num_ranks
+        dist.all_gather_object(told, obj, group=self.rank.group)
+        return told
+
 
 SIZES = Sizes(num_experts=8, topk=2, hidden=512, max_tokens=8)
 
@@ -225,13 +231,13 @@ def refused_constructions(rank: Rank) -> None:
         ({"num_nvl_bytes": 100}, "num_nvl_bytes=100"),
         ({"num_rdma_bytes": -128}, "num_rdma_bytes=-128"),
         ({"num_nvl_bytes": 2**31, "num_rdma_bytes": 128}, str(2**31)),
-        ({"num_qps_per_rank": 0}, "num_qps_per_rank=0"),
-        ({"comm": FakeComm(rank)}, "comm"),
+        ({"num_qps_per_rank": 0, "low_latency_mode": True}, "num_qps_per_rank=0"),
     ):
         with pytest.raises(ConfigError, match=text):
             Buffer(rank.group, **arguments)
     with pytest.raises(ConfigError, match="group=None"):
         Buffer(None)
+    Buffer(rank.group, num_qps_per_rank=0)  # only low-latency calls have queue pairs
     with pytest.raises(SequenceError, match="explicitly_destroy"):
         Buffer(rank.group).destroy()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ep_runtime.bench.__main__ import main
-from ep_runtime.bench.arguments import parse_link, parse_low_latency
+from ep_runtime.bench.arguments import parse_link, parse_low_latency, parse_normal
 from ep_runtime.bench.options import PEERS, LowLatencyOptions
 from ep_runtime.errors import ConfigError
 
@@ -95,3 +96,12 @@ def test_a_wrong_option_ends_with_an_error_and_no_trace(
 ) -> None:
     assert main(["low-latency", "--tokens", "0"]) == 1
     assert "error: tokens=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parse", [parse_low_latency, parse_normal])
+def test_a_list_with_something_else_in_it_is_named(
+    parse: Callable[[list[str]], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--tokens", "1,x"])
+    assert "argument --tokens: '1,x' is no list of numbers" in capsys.readouterr().err

@@ -48,6 +48,15 @@ def test_a_file_of_another_version_is_refused(change: dict[str, object]) -> None
         Record.from_json(values)
 
 
+@pytest.mark.parametrize("content", [None, "[", "[3]", '{"a": 1}'])
+def test_a_file_without_records_is_named(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=r"results.json holds no records .*; give a JSON file"):
+        read_records(path)
+
+
 def test_a_wrong_result_cannot_carry_a_time() -> None:
     with pytest.raises(ConfigError, match="exactly when it is ok"):
         Record(case=CASE, machine=MACHINE, op="pair", status="wrong", reason="off", median_us=3.0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from ep_runtime import _C, BuildError, ConfigError, EpConfig, World, virtual_ranks
 from ep_runtime.buffer import Buffer
 from ep_runtime.connect import _raise_differences, choose_device
+from ep_runtime.normal import NormalBuffer, virtual_normal_ranks
 
 CONFIG = EpConfig(num_experts=4, topk=2, hidden=128, max_tokens=4)
 
@@ -25,6 +28,32 @@ def test_auto_takes_the_gpu_where_there_is_one() -> None:
 def test_cuda_where_there_is_none_says_what_is_missing() -> None:
     with pytest.raises(BuildError, match=r"backend='cuda'.*use backend='host'"):
         Buffer(CONFIG, World.single(), "cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("device", ["cuda:3", "cuda", torch.device("cuda", 3), 3])
+def test_a_gpu_that_was_named_is_never_replaced_by_the_host(device: Any) -> None:
+    for backend in ("auto", "cuda"):
+        with pytest.raises(BuildError, match=r"device=.*use backend='host' without a device"):
+            choose_device(backend, device)  # type: ignore[arg-type]
+    with pytest.raises(BuildError, match="backend='auto', device='cuda:3'"):
+        Buffer(CONFIG, World.single(), device="cuda:3")
+    with pytest.raises(BuildError, match="backend='auto', device=5"):
+        virtual_ranks(CONFIG, 2, devices=[5, 7])
+    with pytest.raises(BuildError, match="backend='auto', device=5"):
+        virtual_normal_ranks(2, max_tokens=4, devices=[5, 7])
+
+
+def test_the_host_backend_takes_no_gpu() -> None:
+    for device in ("cuda:3", torch.device("cuda", 3), 3):
+        with pytest.raises(ConfigError, match=r"device=.*backend='host'.*leave the device out"):
+            choose_device("host", device)
+    with pytest.raises(ConfigError, match="device=5 with backend='host'"):
+        virtual_ranks(CONFIG, 2, "host", [5, 7])
+    with pytest.raises(ConfigError, match="device='cuda:3'"):
+        NormalBuffer(World.single(), max_tokens=4, backend="host", device="cuda:3")
+    for same in ("cpu", torch.device("cpu")):
+        assert choose_device("host", same) == torch.device("cpu")
 
 
 def test_unknown_backend_is_refused() -> None:

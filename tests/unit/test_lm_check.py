@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ep_runtime.errors import ShapeError
+from ep_runtime.errors import ConfigError, ShapeError
 from ep_runtime.lm import checkpoint
 from ep_runtime.lm.check import GREEDY, Sampling, check_against_reference, merge_checks
 from ep_runtime.lm.config import LmConfig
@@ -108,3 +108,14 @@ def test_sampling_follows_the_softmax() -> None:
     draws = [int(Sampling(2.0, 9).scores(logits, 0, p).argmax()) for p in range(4000)]
     share = torch.bincount(torch.tensor(draws), minlength=3)[:3] / 4000
     torch.testing.assert_close(share, (logits[:3] / 2).softmax(0), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_temperatures_that_would_turn_the_ranking_round_are_refused(temperature: float) -> None:
+    with pytest.raises(ConfigError, match=r"temperature=.* must be finite and at least 0"):
+        Sampling(temperature)
+
+
+def test_seeds_that_no_generator_takes_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"seed=-1 must be at least 0"):
+        Sampling(1.0, seed=-1)

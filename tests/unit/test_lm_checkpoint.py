@@ -69,6 +69,12 @@ def test_other_format(path: Path) -> None:
         checkpoint.load(path)
 
 
+def test_damaged_record_of_the_training(path: Path) -> None:
+    rewrite(path, lambda _, metadata: metadata.update(training="{"))
+    with pytest.raises(CheckpointError, match="says of its training what is not JSON"):
+        checkpoint.load(path)
+
+
 def test_missing_tensor(path: Path) -> None:
     rewrite(path, lambda tensors, _: tensors.pop("layers.0.router"))
     with pytest.raises(CheckpointError, match=r"lacks 1 of .*layers\.0\.router"):

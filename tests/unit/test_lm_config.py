@@ -22,6 +22,8 @@ def test_default_shape_is_the_one_that_ships() -> None:
         ("layers", 0, "at least 1"),
         ("inner", -4, "at least 1"),
         ("max_context", 1, "at least 2"),
+        ("layers", 4.0, "a whole number"),
+        ("max_context", 2.5, "a whole number"),
     ],
 )
 def test_impossible_shape_is_refused_with_value_and_limit(

@@ -90,6 +90,40 @@ def test_opaque_dispatch_refuses(change: dict[str, Any], message: str) -> None:
         dispatch(buffer, **good).wait()
 
 
+def test_scale_formats_that_are_none_are_refused(buffers: list[Buffer], alone: Buffer) -> None:
+    for buffer, rows in ((buffers[0], "fp8"), (alone, "bf16"), (alone, "fp8")):
+        with pytest.raises(ConfigError, match="scale_format='float'.*float32, ue8m0"):
+            buffer.new_receive(dispatch_format=rows, scale_format="float")  # type: ignore[arg-type]
+        for good in ("float32", "ue8m0"):
+            into = buffer.new_receive(dispatch_format=rows, scale_format=good)  # type: ignore[arg-type]
+            assert into.scale_format == good
+
+
+def test_opaque_rows_keep_their_scales() -> None:
+    """ep_runtime would write no exponents for rows that it did not quantise."""
+    (buffer,) = virtual_ranks(OPAQUE, 1, "host")
+    with buffer:
+        for wrong in ("ue8m0", "bogus"):
+            with pytest.raises(ConfigError, match=f"scale_format='{wrong}'"):
+                buffer.new_receive(scale_format=wrong)  # type: ignore[arg-type]
+        x = torch.zeros(ROWS, 48, dtype=torch.uint8)
+        scales = torch.arange(3 * ROWS, dtype=torch.int32).view(ROWS, 3)
+        idx = torch.tensor([[2, -1, -1, -1]] * ROWS)
+        for same in (None, "float32"):
+            into = buffer.new_receive(scale_format=same)  # type: ignore[arg-type]
+            got = dispatch(buffer, x=x, topk_idx=idx, scales=scales, out=into).wait()
+            assert torch.equal(got.scales[2, :ROWS], scales)
+
+
+def test_chains_that_are_none_are_refused(buffers: list[Buffer]) -> None:
+    buffer = buffers[0]
+    for wrong in (-1, CONFIG.num_chains, 10**9):
+        for query in (buffer.stats, buffer.stats_region, buffer.epochs):
+            with pytest.raises(ConfigError, match=f"chain={wrong}: the chains are 0 .. 1"):
+                query(wrong)
+    buffer.stats_region(CONFIG.num_chains - 1)
+
+
 BAD_TALLIES: list[tuple[dict[str, Any], str]] = [
     (
         {"cumulative_recv_count": torch.zeros(4)},

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore
 
-from ep_runtime import BuildError, ConfigError, GroupFault, PeerTimeout, SequenceError, World
+from ep_runtime import ConfigError, GroupFault, PeerTimeout, SequenceError, World
 from ep_runtime.world import VirtualWorld
 
 
@@ -94,18 +94,47 @@ def test_failure_on_one_rank_is_raised_on_all() -> None:
     assert str(results[0]) == str(results[2]) == "rank 1 failed at allocating: no room"
 
 
-def test_foreign_exception_reaches_the_others_as_a_build_error() -> None:
-    def step(world: World) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), ValueError("7"), KeyError("boom"), AssertionError()],
+    ids=lambda error: type(error).__name__,
+)
+def test_foreign_exception_reaches_the_others_as_a_group_fault(error: Exception) -> None:
+    """At once, and not as advice to rebuild: nobody knows what it was."""
+    started = time.monotonic()
+
+    def step(world: World) -> list[bytes]:
         def attach() -> None:
             if world.rank == 0:
-                raise OSError(28, "No space left on device")
+                raise error
 
-        world.agree("attaching", attach)
+        try:
+            world.agree("attaching", attach)
+        finally:
+            told = world.all_gather(b"still in step")
+        return told
 
     results = on_ranks(2, step)
-    assert isinstance(results[0], OSError)
-    assert isinstance(results[1], BuildError)
-    assert "No space left" in str(results[1])
+    assert time.monotonic() - started < 5
+    assert results[0] is error
+    assert type(results[1]) is GroupFault
+    assert str(results[1]).startswith(
+        f"rank 0 failed at attaching: {type(error).__name__}: {error};"
+    )
+
+
+def test_a_timeout_of_one_rank_reaches_the_others_as_a_group_fault() -> None:
+    """It names a peer that they did not wait for themselves."""
+
+    def step(world: World) -> None:
+        def wait() -> None:
+            if world.rank == 0:
+                raise PeerTimeout("rank 7 did not come", rank=0, peer=7)
+
+        world.agree("waiting", wait)
+
+    results = on_ranks(2, step)
+    assert [type(one) for one in results] == [PeerTimeout, GroupFault]
 
 
 def test_agree_returns_the_ranks_own_value() -> None:

@@ -1,5 +1,11 @@
 """`deep_ep.buffer`, served by ep_runtime."""
 
-from ep_runtime.integrations.deep_ep import Buffer, Config, EventHandle, EventOverlap
+from ep_runtime.integrations.deep_ep import (
+    Buffer,
+    Config,
+    EventHandle,
+    EventOverlap,
+    check_nvlink_connections,
+)
 
-__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap"]
+__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "check_nvlink_connections"]
