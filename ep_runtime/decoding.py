@@ -96,10 +96,12 @@ def decode(job: DecodeJob, plan: Plan, repeat_eagerly: bool = False) -> DecodeRe
     """Run the job; with job.stream, prompt 0 and its text go to standard output as they come.
 
     repeat_eagerly: run all steps once more without graphs, for their time. Under torchrun every
-    process calls this, and every process gets the whole report. Raises CheckpointError or
-    ShapeError before any rank is started.
+    process calls this, and every process gets the whole report. Raises CheckpointError,
+    ConfigError or ShapeError before any rank is started.
     """
-    check_lengths(job.prompts, job.num_tokens, checkpoints.load(job.checkpoint).config.max_context)
+    model = checkpoints.load(job.checkpoint).config
+    check_lengths(job.prompts, job.num_tokens, model.max_context)
+    _require_divisor(plan.num_ranks, model.num_experts)
     if job.stream and (env.read().rank or 0) == 0:
         sys.stdout.write(job.prompts[0].decode("utf-8", errors="replace"))
         sys.stdout.flush()
@@ -110,6 +112,16 @@ def decode(job: DecodeJob, plan: Plan, repeat_eagerly: bool = False) -> DecodeRe
         on_gpus = plan.kind == "cuda"
         result = launch(_decode_rank, plan.num_ranks, job, repeat_eagerly, gpu_per_rank=on_gpus)[0]
     return result
+
+
+def _require_divisor(num_ranks: int, num_experts: int) -> None:
+    if num_experts % num_ranks == 0:
+        return
+    good = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
+    raise ConfigError(
+        f"ranks={num_ranks}: the model's {num_experts} experts cannot be shared out equally; use"
+        f" one of {good}"
+    )
 
 
 def _decode_rank(world: World, job: DecodeJob, repeat_eagerly: bool) -> DecodeResult:

@@ -19,7 +19,7 @@ class ConfigError(EpError, ValueError):
 
 
 class SequenceError(EpError, RuntimeError):
-    """Fix the order of calls: a chain goes dispatch, wait, combine, wait."""
+    """Fix the order of calls: what was sent is received before the next send of its kind."""
 
 
 class BuildError(EpError, RuntimeError):

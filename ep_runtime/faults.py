@@ -29,7 +29,8 @@ def fatal_error(fault: _C.Fault, budget_s: float) -> EpError:
         return PeerTimeout(
             f"rank {fault.peer} did not arrive at {where}: rank {fault.rank} waited for epoch"
             f" {fault.expected} and saw {fault.seen} for longer than the time budget of"
-            f" {budget_s:g} s; look at rank {fault.peer}'s log; {_AFTER}",
+            f" {budget_s:g} s; look at rank {fault.peer}'s log (if it is well, it issued other"
+            f" operations than rank {fault.rank}); {_AFTER}",
             rank=fault.rank,
             peer=fault.peer,
         )

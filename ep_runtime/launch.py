@@ -100,9 +100,19 @@ def launch(
     results: list[R] = []
     for outcome in sorted(group.run(stop_at_failure=True), key=lambda o: o.rank):
         if outcome.failure is not None:
-            raise outcome.failure
+            raise outcome.failure from _there(outcome.failure)
         results.append(outcome.result)  # type: ignore[arg-type]
     return results
+
+
+class RemoteTraceback(Exception):
+    """Where in a rank's own process it failed: the cause of the RankFailed that launch() raises."""
+
+
+def _there(failure: RankFailed) -> RemoteTraceback | None:
+    if not failure.trace:
+        return None
+    return RemoteTraceback(f"\n\nrank {failure.rank}: {failure.trace}")
 
 
 def run_ranks(
@@ -182,7 +192,10 @@ class _Group(Generic[R]):
         except (EOFError, OSError):
             process = self.processes[rank]
             process.join(EXIT_GRACE_S)
-            text = f"its process ended ({_exit_text(process.exitcode)}) without a word; see its log"
+            text = (
+                f"its process ended ({_exit_text(process.exitcode)}) without a word; see what it"
+                " printed before (SIGKILL is often the system, out of memory)"
+            )
             return Outcome(rank, None, RankFailed(rank, "exit", text), seconds)
         finally:
             pipe.close()

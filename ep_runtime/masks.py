@@ -18,8 +18,8 @@ class Masks:
     that is masked itself does without everybody: its operations move nothing and end at once.
 
     Every rank that is not masked must have the same mask in the same operation: where one differs,
-    DesyncError names it. A timeout does not mask: see docs/architecture.md for what the others do
-    when a rank is gone, and before one comes back.
+    DesyncError names it. A timeout does not mask: see docs/masks.md for what the others do when a
+    rank is gone, and before one comes back.
     """
 
     rank: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
 from ep_runtime.errors import SequenceError
 from ep_runtime.handles import Uses
@@ -66,6 +66,13 @@ class Pending(Generic[T]):
         """Mark as never to be waited for: reset() forgot what was sent."""
         self._finish = None
         self._dropped = True
+
+    if not TYPE_CHECKING:  # which knows the attributes
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(
+                f"a Pending has no {name!r}: call wait() on it, and use what that returns"
+            )
 
     def __repr__(self) -> str:
         state = "dropped" if self._dropped else "received" if self.waited else "sent"

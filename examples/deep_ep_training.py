@@ -118,7 +118,8 @@ def run_experts(
 
 
 def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
+    got, wanted = got.detach().float(), wanted.detach().float()
+    return float((got - wanted).norm() / wanted.norm())
 
 
 def train_step(rank: int, num_ranks: int, group: dist.ProcessGroup, device: torch.device) -> None:

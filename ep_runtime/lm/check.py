@@ -116,7 +116,7 @@ class CheckReport:
         head = (
             f"{self.equal} of {self.compared} tokens equal the reference's, {len(self.ties)} ties "
             f"in rounding, {len(self.mismatches)} mismatches (largest logit error "
-            f"{self.max_error:.4f}, tolerance {self.tolerance:g})"
+            f"{self.max_error:.4f}; up to {self.tolerance:g} a differing token counts as a tie)"
         )
         ties = [f"  tie: {difference}" for difference in self.ties]
         wrong = [f"  mismatch: {difference}" for difference in self.mismatches]

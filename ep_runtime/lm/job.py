@@ -46,6 +46,11 @@ class DecodeJob:
     tolerance: float | None = None
     stream: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("batch", "microbatches", "num_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: it must be at least 1")
+
 
 def decode_rank(world: World, job: DecodeJob) -> DecodeReport:
     """This rank's part; collective. `merge_reports` joins what the ranks return.

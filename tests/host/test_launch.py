@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,14 @@ def test_the_first_failure_ends_all_ranks(left_behind: Callable[[], set[Any]]) -
     assert (raised.value.rank, raised.value.kind) == (1, "ValueError")
     assert "fail_on_rank_1" in raised.value.trace
     assert not left_behind()
+
+
+def test_the_line_that_failed_in_the_rank_is_shown() -> None:
+    with pytest.raises(RankFailed) as raised:
+        launch(fail_on_rank_1, 2)
+    shown = "".join(traceback.format_exception(raised.value))
+    assert "in fail_on_rank_1" in shown
+    assert "rank 1: Traceback" in shown
 
 
 def test_a_rank_failure_crosses_processes() -> None:

@@ -290,3 +290,18 @@ def test_help_of_a_benchmark_is_its_own() -> None:
 def test_a_wrong_benchmark_option_is_status_2(benched: list[LowLatencyOptions]) -> None:
     assert run(cli.app, ["bench", "low-latency", "--nonsense"]).exit_code == 2
     assert not benched
+
+
+def test_ranks_that_cannot_share_the_models_experts_are_refused_before_any_starts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = DecodeJob(prompts=(b"in ",), num_tokens=4, stream=True)
+    with pytest.raises(ConfigError, match=r"ranks=3: .* 16 experts .* one of 1, 2, 4, 8, 16"):
+        decoding.decode(job, Plan("host", 3, "asked for"))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["batch", "microbatches", "num_tokens"])
+def test_a_job_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}=0: it must be at least 1"):
+        DecodeJob(prompts=(b"in ",), **{name: 0})

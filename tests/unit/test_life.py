@@ -95,3 +95,12 @@ def test_a_close_that_fails_keeps_the_memory_and_closes(
     buffer.close()  # again: nothing
     with pytest.raises(SequenceError, match="closed Buffer"):
         dispatch(buffer)
+
+
+def test_what_was_sent_says_how_to_get_at_what_came(buffer: Buffer) -> None:
+    pending = dispatch(buffer)
+    for name in ("x", "handle", "float"):
+        assert not hasattr(pending, name)
+        with pytest.raises(AttributeError, match=rf"no '{name}': call wait\(\)"):
+            getattr(pending, name)
+    assert pending.wait().x is not None
