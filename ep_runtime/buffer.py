@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 
+from ep_runtime.call_order import CallOrder
 from ep_runtime.config import CombineFormat, EpConfig
 from ep_runtime.connect import Backend, choose_device, connect
-from ep_runtime.errors import SequenceError
 from ep_runtime.handles import Handle, Received
 from ep_runtime.layout import WIRE
 from ep_runtime.memory import RankMemory
 from ep_runtime.native import _C
-from ep_runtime.order import OpName, SendOrder
+from ep_runtime.order import SendOrder
 from ep_runtime.pending import Pending
-from ep_runtime.rank import OpKind, OpRecord, Rank
 from ep_runtime.receive import ReceiveBuffer
 from ep_runtime.world import World
 
@@ -42,7 +40,7 @@ class _Combine:
     result: torch.Tensor
 
 
-class Buffer(Rank):
+class Buffer(CallOrder):
     """One rank's end of the group: its heap, its chains, and the operations on them.
 
     Building one is collective. All state of a step lives on the device, so captured operations
@@ -340,63 +338,4 @@ class Buffer(Rank):
     def _out(self, handle: Handle) -> torch.Tensor:
         return torch.empty(
             (handle.num_rows, self.config.hidden), dtype=torch.bfloat16, device=self.device
-        )
-
-    # ---- order of calls -------------------------------------------------------------------------
-
-    def _claim(self, op: str, kind: OpName, chain: int) -> None:
-        """Raise unless the chain's last receive of this kind was waited for."""
-        if (kind, chain) in self._open:
-            raise SequenceError(
-                f"{op} on chain {chain}: its last {kind} was not waited for; call wait() on what"
-                " it returned, use another chain, or reset() on every rank to drop it"
-            )
-
-    def _require_free(self, op: str, chain: int, into: ReceiveBuffer) -> None:
-        """Raise if a receive that is still to come needs what `into` holds."""
-        uses = into.received.handle.uses
-        for pending in self._open.values():
-            if pending.uses is uses:
-                raise SequenceError(
-                    f"{op} on chain {chain}: a {pending.op} on chain {pending.chain} that was not"
-                    " waited for still needs these receive tensors; call its wait() first, or give"
-                    " this dispatch others with out=buffer.new_receive()"
-                )
-
-    def _tell(self, kind: OpKind, chain: int) -> None:
-        """Let the recorder of a capture know what is launched next."""
-        if self.recorder is not None:
-            self.recorder(OpRecord(chain, kind))
-
-    def _before_wait(self, pending: Pending[Received] | Pending[torch.Tensor]) -> None:
-        if self._order is not None:
-            self._order.before_wait(self.rank, pending.op, pending.chain)
-        pending.close()
-        self._open.pop((pending.op, pending.chain), None)
-
-    def _after_host_wait(self) -> None:
-        """A host receive has already failed or not when it returns: say so now."""
-        if self._on_host:
-            self._check_fatal()
-
-    def _only_alone(self, op: str, split: str) -> None:
-        order = self._order
-        if order is not None and not order.alone(self.rank):
-            self._refuse_fused(op, split)
-
-    def _refuse_late_weights(self, op: str) -> None:
-        """A combine that brings weights waits for them before it sends."""
-        order = self._order
-        if order is not None and not order.alone(self.rank):
-            raise SequenceError(
-                f"{op} without topk_weights on virtual rank {self.rank}, which shares"
-                f" {self.device} with other ranks: its combine would wait for weights that keep"
-                " others from sending; give topk_weights to the dispatch, or use processes"
-            )
-
-    def _refuse_fused(self, op: str, split: str) -> NoReturn:
-        raise SequenceError(
-            f"{op} on virtual rank {self.rank}, which shares {self.device} with other ranks: its"
-            f" receive would keep their sends from starting; call {split}() on every rank, then"
-            " wait() on every result"
         )

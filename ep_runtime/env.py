@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from ep_runtime.errors import ConfigError
@@ -150,20 +150,27 @@ def read(environ: Mapping[str, str] | None = None) -> Env:
     Raises ConfigError with the variable, its value and what it takes.
     """
     source = os.environ if environ is None else environ
-    values: dict[str, Any] = {}
-    for f in fields(Env):
-        name, parse = f.metadata["name"], f.metadata["parse"]
-        text = source.get(name, "").strip()
-        if not text:
-            continue
-        try:
-            values[f.name] = parse(text)
-        except (ValueError, KeyError):
-            raise ConfigError(
-                f"{name}={text!r} is not {parse.__doc__}; correct it or unset it "
-                f"(default: {f.default!r})"
-            ) from None
-    return Env(**values)
+    return Env(**{f.name: _parsed(f, source) for f in fields(Env)})
+
+
+def as_deep_ep() -> bool:
+    """`Env.as_deep_ep` alone: for a process of others, whose variables must not end it."""
+    value: bool = _parsed(Env.__dataclass_fields__["as_deep_ep"], os.environ)
+    return value
+
+
+def _parsed(f: Field[Any], source: Mapping[str, str]) -> Any:
+    name, parse = f.metadata["name"], f.metadata["parse"]
+    text = source.get(name, "").strip()
+    if not text:
+        return f.default
+    try:
+        return parse(text)
+    except (ValueError, KeyError):
+        raise ConfigError(
+            f"{name}={text!r} is not {parse.__doc__}; correct it or unset it "
+            f"(default: {f.default!r})"
+        ) from None
 
 
 def set_default(name: str, value: str) -> str:

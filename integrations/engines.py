@@ -15,7 +15,7 @@ def load() -> None:
     Without it nothing happens: to have the package installed must not change what an engine does.
     Raises SequenceError if another deep_ep was imported before.
     """
-    if not env.read().as_deep_ep:
+    if not env.as_deep_ep():
         return
     from ep_runtime.integrations.deep_ep.install import install, install_for_children
 

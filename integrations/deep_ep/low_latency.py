@@ -65,7 +65,6 @@ class LowLatency:
             )
         engine = self._engine(x, topk_idx, max_tokens, num_experts)
         buffer = engine.buffer
-        topk_idx = _of_width(topk_idx, buffer.config.topk)
         dispatch_format: Literal["bf16", "fp8"] = "fp8" if use_fp8 else "bf16"
         scale_format: Literal["float32", "ue8m0"] = "float32"
         if use_ue8m0 and use_fp8:  # without FP8 there are no scales to keep
@@ -130,7 +129,6 @@ class LowLatency:
             )
         rows = zero_copy_rows(engine, x) if zero_copy else x
         buffer = engine.buffer
-        topk_weights = _of_width(topk_weights, buffer.config.topk)
         hook: Hook | None = None
         if out is None:
             out = torch.empty(
@@ -206,21 +204,9 @@ class LowLatency:
             )
         key = (plain(num_experts), topk_idx.shape[1], x.shape[1], plain(max_tokens))
         engine = self._engines.get(key)
-        if engine is None and not x.shape[0] and not topk_idx.shape[0]:
-            engine = self._only_one(*key)
         if engine is None:
             engine = self._engines[key] = self._build(x, _config(*key))
         return engine
-
-    def _only_one(self, num_experts: int, _: int, hidden: int, max_tokens: int) -> Engine | None:
-        """The engine of these sizes whatever its K, for a rank without tokens: there K says
-        nothing, and programs give one that is not the peers'. None if more than one fits."""
-        fitting = [
-            engine
-            for (experts, _, width, most), engine in self._engines.items()
-            if (experts, width, most) == (num_experts, hidden, max_tokens)
-        ]
-        return fitting[0] if len(fitting) == 1 else None
 
     def _build(self, x: torch.Tensor, config: EpConfig) -> Engine:
         """Collective: all ranks come with the same sizes, or all raise."""
@@ -262,13 +248,6 @@ def _config(num_experts: int, topk: int, hidden: int, max_tokens: int) -> EpConf
         num_chains=1,
         dispatch_format="bf16",
     )
-
-
-def _of_width(tensor: torch.Tensor, topk: int) -> torch.Tensor:
-    """[0, any] as [0, K]: see _only_one. What has rows is left to the checks."""
-    if tensor.dim() != 2 or tensor.shape[0] or tensor.shape[1] == topk:
-        return tensor
-    return tensor.new_empty((0, topk))
 
 
 def _check_modes(async_finish: bool, return_recv_hook: bool) -> None:

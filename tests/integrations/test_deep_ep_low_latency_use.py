@@ -1,4 +1,4 @@
-"""Low-latency calls as serving engines make them: memory lent, idle ranks, early buffers."""
+"""Low-latency calls as serving engines make them: memory lent, early buffers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ import pytest
 import torch
 from deep_ep_ranks import Rank, RankPool
 from low_latency_cases import (
-    MODES,
     Format,
     Sent,
     check_received,
     combine,
     dispatch,
     experts,
-    finish,
-    mode_arguments,
     open_buffer,
 )
-from traffic import Sizes, Tokens, draw
+from traffic import Sizes, draw
 
 from ep_runtime.buffer import Buffer as EpBuffer
 from ep_runtime.errors import ConfigError
@@ -123,59 +120,3 @@ def unused_exponents(rank: Rank, seed: int) -> None:
 
 def test_exponents_without_scales_are_nothing(pair: RankPool, seed: int) -> None:
     pair.run(unused_exponents, seed)
-
-
-def idle(rank: Rank, seed: int, mode: str) -> None:
-    """Rank 1 has no tokens, and with them a top-k that is not its peers'."""
-    buffer = open_buffer(rank, SIZES)
-    combine(rank, buffer, dispatch(rank, buffer, SIZES, seed, BF16, mode), mode)
-    for turn, topk in enumerate((SIZES.topk - 1, 0, SIZES.topk + 1, SIZES.topk)):
-        everyone = draw(seed + turn, SIZES, rank.num_ranks)
-        none = everyone[1]
-        everyone[1] = Tokens(none.x[:0], none.topk_idx[:0], none.weights[:0])
-        sent = Sent(everyone, everyone[rank.rank].on(rank.device), SIZES, BF16)
-        if rank.rank == 1:
-            empty = torch.empty((0, topk), device=rank.device)
-            sent.own = Tokens(sent.own.x, empty.long(), empty)
-        sent.received, sent.count, sent.handle, event, hook = buffer.low_latency_dispatch(
-            sent.own.x,
-            sent.own.topk_idx,
-            SIZES.max_tokens,
-            SIZES.num_experts,
-            use_fp8=False,
-            **mode_arguments(mode),
-        )
-        finish(mode, event, hook)
-        check_received(rank, sent)
-        combine(rank, buffer, sent, mode)
-    sent = dispatch(rank, buffer, SIZES, seed + 9, BF16, mode)
-    check_received(rank, sent)
-    combine(rank, buffer, sent, mode)
-    buffer.destroy()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_an_idle_rank_may_say_another_topk(pool: RankPool, seed: int, mode: str) -> None:
-    pool.run(idle, seed, mode)
-
-
-def idle_among_two(rank: Rank) -> str:
-    """Where two sizes differ in K alone, no tokens do not say which is meant: K itself does."""
-    buffer = open_buffer(rank, SIZES)
-    for topk in (3, 2):
-        sizes = Sizes(SIZES.num_experts, topk, SIZES.hidden, SIZES.max_tokens)
-        combine(rank, buffer, dispatch(rank, buffer, sizes, 1, BF16, "plain"))
-    x = torch.zeros((0, SIZES.hidden), dtype=torch.bfloat16, device=rank.device)
-    for topk in (2, 3):
-        idx = torch.zeros((0, topk), dtype=torch.int64, device=rank.device)
-        buffer.low_latency_dispatch(x, idx, SIZES.max_tokens, SIZES.num_experts)
-    idx = torch.zeros((0, 4 + rank.rank), dtype=torch.int64, device=rank.device)
-    with pytest.raises(ConfigError) as raised:
-        buffer.low_latency_dispatch(x, idx, SIZES.max_tokens, SIZES.num_experts)
-    buffer.destroy()
-    return str(raised.value)
-
-
-def test_an_idle_rank_between_two_sizes(pair: RankPool) -> None:
-    for text in pair.run(idle_among_two):
-        assert "topk=5" in text

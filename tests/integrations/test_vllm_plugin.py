@@ -50,6 +50,11 @@ def test_the_plugin_answers_deep_ep_where_it_is_asked_to(
     assert done.stdout.split() == [whose]
 
 
+def test_variables_that_are_not_the_plugins_do_not_end_the_engine() -> None:
+    done = run(LOAD, EP_TIMEOUT_S="soon", MASTER_PORT="0", CUDA_DEVICE_MAX_CONNECTIONS="64")
+    assert done.returncode == 0, done.stderr
+
+
 def test_programs_that_the_process_starts_inherit_it() -> None:
     done = run(CHILD, EP_AS_DEEP_EP="1")
     assert done.returncode == 0, done.stderr
