@@ -21,7 +21,7 @@ LAYERS = (
     {"memory"},
     {"layout"},
     {"ops", "faults", "handles", "masks", "order", "receive", "validate"},
-    {"buffer", "connect", "member", "pending", "rank", "virtual"},
+    {"buffer", "call_order", "connect", "member", "pending", "rank", "virtual"},
     {"normal"},
     {"graphs"},
     {"scheduler"},
