@@ -3,13 +3,14 @@
 //
 //   nvcc -std=c++20 -O3 -arch=sm_90 -Icsrc -o build/pair_loop benchmarks/native/pair_loop.cu
 //       csrc/cuda/*.cu   (all on one line)
-//   build/pair_loop [--ranks R] [--one-gpu] [--sms N] [--fused] [--parts] [--tokens T]
+//   build/pair_loop [--ranks R] [--one-gpu] [--sms N] [--fused] [--parts] [--tokens T] [--late]
 //
 // R ranks (2), each on a GPU of its own. With fewer GPUs, or with --one-gpu, all ranks share GPU 0,
 // each on a stream of its own with N SMs' worth of CTAs: no link is measured then, and only runs of
 // this kind on the same GPU may be compared. Elsewhere N limits the SMs too; 0 is all. --fused
 // leaves the split kernels out. --parts measures FP8 pairs, dispatches alone and combines alone at
-// every size, and nothing else; T then chooses one size. (One rank alone can be profiled by tools
+// every size, and nothing else; T then chooses one size. --late: weights come with the combine, as
+// DeepEP's do (not where rows are compact). (One rank alone can be profiled by tools
 // that stop at every kernel.)
 //
 // One host thread per rank; 50 pairs in one graph, the slowest rank's median of 20 replays. BF16
@@ -65,6 +66,7 @@ struct Case {
     bool fused;
     bool pdl;
     What what = What::kPair;
+    bool late = false;
 };
 
 // What the threads share for one case.
@@ -153,7 +155,7 @@ void run_rank(int me, const Case& c, const Place& place, Shared& shared) {
                        .row_stride = 2 * kHidden,
                        .topk_idx = topk_idx.data(),
                        .idx_bytes = 8,
-                       .weights = weights.data(),
+                       .weights = c.late ? nullptr : weights.data(),
                        .num_tokens = c.num_tokens,
                        .routing = routing};
     constexpr int kGroups = kHidden / kScaleGroup;
@@ -169,7 +171,12 @@ void run_rank(int me, const Case& c, const Place& place, Shared& shared) {
                             .topk_weights = choice_weights.data(),
                             .num_messages = messages.data(),
                             .routing = routing};
-    const CombineInput rows_home{.y = result, .row_stride = kHidden, .routing = routing};
+    const CombineInput rows_home{.y = result,
+                                 .row_stride = kHidden,
+                                 .late_weights = c.late,
+                                 .weights = weights.data(),
+                                 .num_tokens = c.num_tokens,
+                                 .routing = routing};
     const CombineOutput sums{.out = out.data(), .num_tokens = c.num_tokens, .routing = routing};
     // Apart from the default stream, where the other rank of this GPU may be copying; so what was
     // copied there above must have arrived first.
@@ -272,6 +279,7 @@ struct Options {
     bool one_gpu = false;
     bool fused_only = false;
     bool parts = false;
+    bool late = false;
     int num_sms = 0;
     int num_tokens = 0;
     int ranks = 2;
@@ -285,6 +293,8 @@ bool parse(int argc, char** argv, Options& options) {
             options.fused_only = true;
         } else if (std::strcmp(argv[i], "--parts") == 0) {
             options.parts = true;
+        } else if (std::strcmp(argv[i], "--late") == 0) {
+            options.late = true;
         } else if (std::strcmp(argv[i], "--tokens") == 0 && i + 1 < argc) {
             options.num_tokens = std::atoi(argv[++i]);
             if (options.num_tokens < 1) return false;
@@ -301,10 +311,11 @@ bool parse(int argc, char** argv, Options& options) {
     return true;
 }
 
-bool measure_parts(const Place& place, int num_tokens) {
+bool measure_parts(const Place& place, int num_tokens, bool late) {
     bool right = true;
     for (const auto& [format, kind] :
          {std::pair{Format::kBatched, "batched"}, std::pair{Format::kCompact, "compact"}}) {
+        if (late && format == Format::kCompact) continue;
         for (const auto& [what, part] :
              {std::pair{What::kPair, "pair"}, std::pair{What::kDispatch, "dispatch"},
               std::pair{What::kCombine, "combine"}}) {
@@ -312,23 +323,25 @@ bool measure_parts(const Place& place, int num_tokens) {
             std::vector<int> sizes{1, 8, 32, 64, 128, 256, 512, 1024};
             if (num_tokens > 0) sizes = {num_tokens};
             for (const int t : sizes) {
-                right &=
-                    measure({name.c_str(), t, 256, Wire::kFp8, format, true, kPdl, what}, place);
+                right &= measure(
+                    {name.c_str(), t, 256, Wire::kFp8, format, true, kPdl, what, late}, place);
             }
         }
     }
     return right;
 }
 
-bool measure_all(const Place& place, bool fused_only) {
+bool measure_all(const Place& place, bool fused_only, bool late) {
     bool right = true;
     for (const bool fused : {false, true}) {
         if (fused_only && !fused) continue;
         for (const int t : {1, 8, 128}) {
-            right &= measure({"bf16 batched", t, 256, Wire::kBf16, Format::kBatched, fused, kPdl},
+            right &= measure({"bf16 batched", t, 256, Wire::kBf16, Format::kBatched, fused, kPdl,
+                              What::kPair, late},
                              place);
         }
     }
+    if (late) return right;
     for (const bool fused : {false, true}) {
         if (fused_only && !fused) continue;
         for (const int t : {1, 8, 32, 64, 128, 512, 1024}) {
@@ -353,8 +366,8 @@ int main(int argc, char** argv) {
     if (!parse(argc, argv, options)) {
         std::fprintf(
             stderr,
-            "usage: %s [--ranks R] [--one-gpu] [--sms N] [--fused] [--parts] [--tokens T], "
-            "R at most 8\n",
+            "usage: %s [--ranks R] [--one-gpu] [--sms N] [--fused] [--parts] [--tokens T] "
+            "[--late], R at most 8\n",
             argv[0]);
         return 2;
     }
@@ -370,7 +383,8 @@ int main(int argc, char** argv) {
         std::printf("%d ranks on one GPU, %d SMs' worth of CTAs each: no link is measured\n",
                     place.ranks, place.num_sms);
     }
-    const bool right = options.parts ? measure_parts(place, options.num_tokens)
-                                     : measure_all(place, options.fused_only);
+    const bool right = options.parts
+                           ? measure_parts(place, options.num_tokens, options.late)
+                           : measure_all(place, options.fused_only, options.late);
     return right ? 0 : 1;
 }

@@ -16,8 +16,6 @@ namespace ep {
 // worked out by the receive. The inbox lets the caller reuse y between the send and the receive;
 // without it there is less to move.
 enum class OwnRows { kThroughInbox, kDirect };
-// When weights came: with the dispatch, or with this combine (late_weights.cuh).
-enum class Weights { kKnown, kLate };
 
 // A lane's vectors of a unit, as sums.
 template <class Unit>
@@ -40,19 +38,11 @@ __device__ __forceinline__ int sum_lines(const View& view, int unit) {
     return min(kSumDataLines, view.sum_lines - unit * kSumDataLines);
 }
 
-// A unit of a message's weighted sum, rounded. `ref`: load_ref of the message. Whole warps; false:
-// gave up.
-template <Weights kWeights, class Unit>
-__device__ __forceinline__ bool sum_message(const View& view, const CombineInput& in, Watch& watch,
-                                            int source, int slot, RowRef ref, int unit,
-                                            typename Unit::Extent extent, uint64_t epoch,
-                                            Unit& out) {
-    float weight = ref.weight;
-    if constexpr (kWeights == Weights::kLate) {
-        LateWeights late{};
-        if (!late.load(view, in, watch, source, slot, epoch)) return false;
-        weight = late.of(ref);
-    }
+// A unit of a message's weighted sum, rounded: lane k holds the weight of entry k of its list.
+// Whole warps.
+template <class Unit>
+__device__ __forceinline__ Unit sum_message(const CombineInput& in, RowRef ref, float weight,
+                                            int unit, typename Unit::Extent extent) {
     int byte[Unit::kVectors];
 #pragma unroll
     for (int j = 0; j < Unit::kVectors; ++j) {
@@ -60,8 +50,7 @@ __device__ __forceinline__ bool sum_message(const View& view, const CombineInput
     }
     Sum<Unit> sum;
     add_rows<Unit>(in, ref, weight, byte, sum.of);
-    out = sum.rounded();
-    return true;
+    return sum.rounded();
 }
 
 // The units of all messages, slot by slot; within a slot, the sources in turn.
@@ -136,12 +125,13 @@ __device__ __forceinline__ void send_sums(const View& view, const CombineInput& 
                                           const FirstItem& first) {
     Watch watch{view, Op::kCombine};
     each_item<kOwn>(view, in, turn, share, first, [&](const SendItem& item, RowRef ref) {
-        const auto extent = Unit::extent(sum_lines(view, item.unit), part);
-        Unit out;
-        if (!sum_message<kWeights>(view, in, watch, item.source, item.slot, ref, item.unit, extent,
-                                   turn.epoch, out)) {
+        float weight = ref.weight;
+        if (kWeights == Weights::kLate &&
+            !await_weight(view, ref, watch, item.source, turn.epoch, weight)) {
             return false;
         }
+        const auto extent = Unit::extent(sum_lines(view, item.unit), part);
+        auto out = sum_message<Unit>(in, ref, weight, item.unit, extent);
         out.pack(turn.epoch);
         store_unit(out,
                    view.peer[item.source] + view.combine_out + view.combine_at(turn.epoch) +
@@ -166,11 +156,9 @@ __device__ __forceinline__ bool gather_sums(const View& view, const CombineInput
         const int slot = turn.absent.has(view, view.rank) ? -1 : sent[view.rank];
         if (slot >= 0) {
             const RowRef ref = load_ref(view, in.routing, view.rank, slot);
-            // Rounded as if it had travelled.
-            if (!sum_message<kWeights>(view, in, watch, view.rank, slot, ref, unit, extent, epoch,
-                                       own)) {
-                return false;
-            }
+            const float weight =
+                kWeights == Weights::kLate ? own_weight(view, in, ref) : ref.weight;
+            own = sum_message<Unit>(in, ref, weight, unit, extent);  // rounded as if it had travelled
         }
     }
     Sum<Unit> sum;  // not before: registers would not do

@@ -95,18 +95,10 @@ struct Fp8Sum {
     }
 };
 
-// A unit of a message's weighted sum, rounded. `ref`: load_ref of the message. Whole warps; false:
-// gave up.
-template <Weights kWeights>
-__device__ __forceinline__ bool sum_unit(const View& view, const CombineInput& in, Watch& watch,
-                                         int source, int slot, RowRef ref, int unit, uint64_t epoch,
-                                         Fp8Sum& out) {
-    float weight = ref.weight;
-    if constexpr (kWeights == Weights::kLate) {
-        LateWeights late{};
-        if (!late.load(view, in, watch, source, slot, epoch)) return false;
-        weight = late.of(ref);
-    }
+// A unit of a message's weighted sum, rounded: lane k holds the weight of entry k of its list.
+// Whole warps.
+__device__ __forceinline__ Fp8Sum sum_unit(const View& view, const CombineInput& in, RowRef ref,
+                                           float weight, int unit) {
     const int lines = fp8_lines(view, unit);
     int byte[UnitSum::kVectors];
 #pragma unroll
@@ -115,8 +107,7 @@ __device__ __forceinline__ bool sum_unit(const View& view, const CombineInput& i
     }
     UnitSum sum;
     add_rows<UnitSum>(in, ref, weight, byte, sum.of);
-    out = Fp8Sum::rounded(sum);
-    return true;
+    return Fp8Sum::rounded(sum);
 }
 
 // Adds what the ranks sent for one unit of a token, in rank order. `sent` [R]: the token's slots.
@@ -133,10 +124,9 @@ __device__ __forceinline__ bool gather_unit(const View& view, const CombineInput
         const int slot = turn.absent.has(view, view.rank) ? -1 : sent[view.rank];
         if (slot >= 0) {
             const RowRef ref = load_ref(view, in.routing, view.rank, slot);
-            // Rounded as if it had travelled.
-            if (!sum_unit<kWeights>(view, in, watch, view.rank, slot, ref, unit, epoch, own)) {
-                return false;
-            }
+            const float weight =
+                kWeights == Weights::kLate ? own_weight(view, in, ref) : ref.weight;
+            own = sum_unit(view, in, ref, weight, unit);  // rounded as if it had travelled
         }
     }
     UnitSum sum;  // not before: registers would not do
@@ -171,11 +161,12 @@ struct Fp8Sums {
                                                 const FirstItem& first) {
         Watch watch{view, Op::kCombine};
         each_item<kOwn>(view, in, turn, share, first, [&](const SendItem& item, RowRef ref) {
-            Fp8Sum out;
-            if (!sum_unit<kWeights>(view, in, watch, item.source, item.slot, ref, item.unit,
-                                    turn.epoch, out)) {
+            float weight = ref.weight;
+            if (kWeights == Weights::kLate &&
+                !await_weight(view, ref, watch, item.source, turn.epoch, weight)) {
                 return false;
             }
+            Fp8Sum out = sum_unit(view, in, ref, weight, item.unit);
             out.unit.pack(out.scale, turn.epoch);
             uint8_t* to = view.peer[item.source] + view.combine_out + view.combine_at(turn.epoch) +
                           static_cast<int64_t>(item.slot) * view.combine_stride +

@@ -21,8 +21,12 @@ __device__ __forceinline__ void note_combined(const View& view, const CombineInp
 __device__ __forceinline__ bool keeps_order() { return threadIdx.x >= kCombineThreads - 32; }
 
 __device__ __forceinline__ void report_combine_reader(const View& view, uint64_t epoch) {
-    report_epoch_read<kCombineThreads>(keeps_order(), threadIdx.x == kCombineThreads - 32,
-                                       view.state->combine_readers, epoch);
+    if (!keeps_order()) {
+        ptx::arrive_with<kCombineThreads>(epoch);
+        return;
+    }
+    ptx::await_arrivals<kCombineThreads>();
+    if (threadIdx.x == kCombineThreads - 32) atomicAdd(&view.state->combine_readers, 1u);
 }
 
 // CTA 0's first warp tells every rank that this one has finished its last combine but one. That is
@@ -93,8 +97,9 @@ __device__ __forceinline__ FirstItem first_of_both(const View& view, const Combi
 
 template <class Sums, Weights kWeights>
 __device__ __forceinline__ void combine_send(const View& view, const CombineInput& in,
-                                             const Turn& turn, const FirstItem& first) {
-    if (kWeights == Weights::kLate) push_weights(view, in, turn);
+                                             const Turn& turn, const OwnTable<kWeights>& table,
+                                             const FirstItem& first) {
+    table.push(view, in, turn, true);
     if (blockIdx.x == 0) {
         announce_combine(view, in.wire, turn);
         if (threadIdx.x == 0) note_combined(view, in, turn.absent);
@@ -120,10 +125,11 @@ __device__ __forceinline__ void combine_recv(const View& view, const CombineOutp
 template <class Sums, Weights kWeights>
 __device__ __forceinline__ void combine_both(const View& view, const CombineInput& in,
                                              const CombineOutput& out, int send_ctas,
-                                             const Turn& turn, const FirstItem& first) {
+                                             const Turn& turn, const OwnTable<kWeights>& table,
+                                             const FirstItem& first) {
     constexpr OwnRows kOwn = OwnRows::kDirect;
     const int index = static_cast<int>(blockIdx.x) - 1;
-    if (kWeights == Weights::kLate) push_weights(view, in, turn);
+    table.push(view, in, turn, false);
     if (index < 0) {
         announce_combine(view, in.wire, turn);
         report_combine_reader(view, turn.epoch);

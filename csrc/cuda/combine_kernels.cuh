@@ -9,10 +9,14 @@ namespace ep {
 template <class Sums, Weights kWeights>
 __global__ void __launch_bounds__(kCombineThreads, kCombineCtas)
     combine_send_kernel(const __grid_constant__ CombineSendArgs a) {
+    OwnTable<kWeights> table;
     FirstItem first;
-    const auto ask = [&] { first = first_of_send<Sums>(a.view, a.in); };
+    const auto ask = [&] {
+        table.ask(a.view, a.in);
+        first = first_of_send<Sums>(a.view, a.in);
+    };
     const Turn turn = begin(a, Op::kCombine, [] {}, ask);
-    combine_send<Sums, kWeights>(a.view, a.in, turn, first);
+    combine_send<Sums, kWeights>(a.view, a.in, turn, table, first);
 }
 
 template <class Sums>
@@ -24,10 +28,14 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineCtas)
 template <class Sums, Weights kWeights>
 __global__ void __launch_bounds__(kCombineThreads, kCombineCtas)
     combine_fused_kernel(const __grid_constant__ CombineFusedArgs a) {
+    OwnTable<kWeights> table;
     FirstItem first;
-    const auto ask = [&] { first = first_of_both<Sums>(a.view, a.in, a.send_ctas); };
+    const auto ask = [&] {
+        table.ask(a.view, a.in);
+        first = first_of_both<Sums>(a.view, a.in, a.send_ctas);
+    };
     const Turn turn = begin(a, Op::kCombine, [] {}, ask);
-    combine_both<Sums, kWeights>(a.view, a.in, a.out, a.send_ctas, turn, first);
+    combine_both<Sums, kWeights>(a.view, a.in, a.out, a.send_ctas, turn, table, first);
 }
 
 template <class Sums>

@@ -99,7 +99,8 @@ CudaRank::Room CudaRank::load(const void* kernel, int threads, int64_t scratch) 
 CombineKernels CudaRank::combine_kernels(CombineKind kind) {
     switch (kind) {
         case kFewSums:
-            return few_combine_kernels();
+        case kLateFewSums:
+            return few_combine_kernels(kind == kLateFewSums);
         case kStreamedSums:
             return streamed_combine_kernels();
         case kFp8Sums:
@@ -174,8 +175,9 @@ const CudaRank::Room& CudaRank::room(Kernel kernel, Wire wire) const {
 CudaRank::CombineKind CudaRank::combine_kind(Half half, Wire sums, bool late_weights, int64_t units,
                                              int tokens) const {
     if (sums == Wire::kFp8) return late_weights ? kLateFp8Sums : kFp8Sums;
+    const CombineKind few = late_weights ? kLateFewSums : kFewSums;
+    if (are_few(units, combine_room_[few][half].resident)) return few;
     if (late_weights) return kLateSums;
-    if (are_few(units, combine_room_[kFewSums][half].resident)) return kFewSums;
     const int64_t rows = int64_t{tokens} * ctx_.shape.topk;
     return are_streamed(2 * rows * ctx_.shape.hidden, l2_bytes_) ? kStreamedSums : kSums;
 }

@@ -64,6 +64,7 @@ class CudaRank {
         kSums,
         kLateSums,  // the combine brings its weights
         kFewSums,
+        kLateFewSums,
         kStreamedSums,
         kFp8Sums,
         kLateFp8Sums,
@@ -83,7 +84,9 @@ class CudaRank {
     CombineKind combine_kind(Half half, Wire sums, bool late_weights, int64_t units,
                              int tokens) const;
     static CombineKernels combine_kernels(CombineKind kind);
-    static int warps_to_a_unit(CombineKind kind) { return kind == kFewSums ? 2 : 1; }
+    static int warps_to_a_unit(CombineKind kind) {
+        return kind == kFewSums || kind == kLateFewSums ? 2 : 1;
+    }
     Room load(const void* kernel, int threads, int64_t scratch) const;
     static void require_room(const Room& room, int least, const char* what);
     void prepare(Wire wire);

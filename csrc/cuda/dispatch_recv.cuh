@@ -26,7 +26,7 @@ __device__ __forceinline__ bool find_places(const View& view, const RecvTarget& 
                                   scratch, scratch.head);
     }
     __syncwarp();
-    if (!counted) await_clerk();
+    if (!counted) ptx::await_phase(&scratch.waits->counts, 0);
     if (pulled == Pulled::kGaveUp || to.end == Landings::kNoCounts) return false;
     // A rank that is masked here and does not know may have sent something.
     if (pulled == Pulled::kNothing || item.slot >= scratch.announced[item.source]) {
@@ -111,7 +111,7 @@ __device__ __forceinline__ bool keep_books(const View& view, const RecvTarget& t
     uint32_t& readers = view.state->dispatch_readers;
     const bool advances = this_warp() == kClerk;
     const bool have_read = advances && all_have_read(readers);
-    if (__syncthreads_or(!ok)) return false;
+    if (!all_found(ok, scratch)) return false;
     if (advances) advance(view.state->dispatched, readers, turn.epoch, have_read);
     report_counts(view, target, turn.absent, scratch);
     return true;
@@ -143,7 +143,7 @@ __device__ __forceinline__ bool receive_rows(const View& view, const RecvTarget&
                                           few, scratch, scratch.message) != Pulled::kGaveUp;
         }
         counted = true;
-        if (__syncthreads_or(!ok)) return false;
+        if (!all_found(ok, scratch)) return false;
         if (warp < kClerk) {
             copy_row(view, target, message, section, to);
         } else if (item.part == 0 && to.count != Landings::kNothing) {
@@ -156,16 +156,24 @@ __device__ __forceinline__ bool receive_rows(const View& view, const RecvTarget&
     }
 }
 
-// All warps of every CTA, behind prepare_recv: what comes before the halves part.
-__device__ __forceinline__ void report_dispatch_reader(const View& view, const Turn& turn) {
-    report_epoch_read<kThreads>(this_warp() == kRouter, (threadIdx.x & 31) == 0,
-                                view.state->dispatch_readers, turn.epoch);
+// All warps of every CTA, behind prepare_recv: they know the epoch (watch.cuh).
+__device__ __forceinline__ void report_dispatch_reader(const View& view, const Turn& turn,
+                                                       RecvScratch scratch) {
+    const bool speaks = (threadIdx.x & 31) == 0;
+    if (this_warp() == kRouter) {
+        ptx::await_phase(&scratch.waits->readers, 0);
+        if (speaks) atomicAdd(&view.state->dispatch_readers, 1u);
+    } else {
+        ptx::keep(static_cast<int32_t>(turn.epoch));
+        __syncwarp();
+        if (speaks) ptx::arrive(&scratch.waits->readers);
+    }
 }
 
 // The whole grid, at least two CTAs, behind prepare_recv. Messages are received in 2^`bits` parts.
 __device__ __forceinline__ void dispatch_recv(const View& view, const RecvTarget& target,
                                               const Turn& turn, RecvScratch scratch, int bits) {
-    report_dispatch_reader(view, turn);
+    report_dispatch_reader(view, turn, scratch);
     bool ok = true;
     if (blockIdx.x == 0 && this_warp() == kRouter) measure_waits(view, target, turn);
     if (this_warp() == kClerk) {
@@ -174,7 +182,7 @@ __device__ __forceinline__ void dispatch_recv(const View& view, const RecvTarget
         if (blockIdx.x != 0) {
             const int end = most_messages(view, scratch) * view.num_ranks << bits;
             if ((threadIdx.x & 31) == 0) scratch.landings->end = ok ? end : Landings::kNoCounts;
-            tell_router();
+            ptx::arrive(&scratch.waits->counts);
         }
     }
     if (blockIdx.x != 0) {

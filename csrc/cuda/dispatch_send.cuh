@@ -101,11 +101,10 @@ __device__ __forceinline__ void report_dropped(const View& view, const Choice& c
     record_routing(view, __popc(dropped), raw);
 }
 
-// The weight of lane k's entry. Where weights come with the combine, k itself: combine finds them
-// so.
+// The weight of an entry. Where weights come with the combine, which entry it is: combine finds
+// them so.
 __device__ __forceinline__ float entry_weight(const SendInput& in, int64_t entry) {
-    const uint32_t k = threadIdx.x & 31;
-    return in.weights == nullptr ? bits_to_float(k) : in.weights[entry];
+    return in.weights == nullptr ? bits_to_float(static_cast<uint32_t>(entry)) : in.weights[entry];
 }
 
 // One warp: what a token chose, entry k at lane k. (Few entries lie in the other lanes as well,
@@ -237,11 +236,11 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
 #pragma unroll 1
     for (int t = first; t < last; ++t) {
         const bool more = t + 1 < last;
-        if (t > first) sync_senders();  // the message buffer is free again
+        if (t > first) __syncthreads();  // the message buffer is free again
         next.template stage<kQuantise>(view, in, t, turn.epoch, scratch);
         const Route done = next.route;
         if (more) next.load(view, in, t + 1);
-        sync_senders();
+        __syncthreads();
 #pragma unroll 1
         for (int v = send_thread(); v < view.message_vectors; v += U * kSendThreads) {
             push_vectors<U>(view, scratch, v, kSendThreads, turn.epoch);
@@ -252,8 +251,18 @@ __device__ __forceinline__ void push_tokens(const View& view, const SendInput& i
     }
 }
 
+// The clerk meanwhile. It only meets the others: counts are rarely here so soon, and racecheck
+// loses count where some warps of a CTA meet without the rest (docs/benchmarks.md).
+__device__ __forceinline__ void attend_pushes(int first, int last) {
+#pragma unroll 1
+    for (int t = first; t < last; ++t) {
+        if (t > first) __syncthreads();
+        __syncthreads();
+    }
+}
+
 // Each CTA but the first has a stretch of consecutive tokens, so that what earlier ones chose is
-// counted once. All warps count; then the clerk has counts to await.
+// counted once. All warps count.
 template <bool kQuantise, int kRowPairs>
 __device__ __forceinline__ void dispatch_send(const View& view, const SendInput& in, int stretch,
                                               const Turn& turn, SendScratch scratch) {
@@ -271,9 +280,11 @@ __device__ __forceinline__ void dispatch_send(const View& view, const SendInput&
     if (announces && turn.absent.maybe != 0) count_mask(view, turn.absent, scratch.counts);
     if (!announces && this_warp() == kRouter) next.route.check(view, turn.absent);
     if (first > 0 || announces) __syncthreads();
-    if (this_warp() == kClerk) return;
+    const bool clerk = this_warp() == kClerk;
     if (announces) {
-        announce_counts(view, in, turn, num_tokens, scratch);
+        if (!clerk) announce_counts(view, in, turn, num_tokens, scratch);
+    } else if (clerk) {
+        attend_pushes(first, last);
     } else {
         push_tokens<kQuantise, kRowPairs>(view, in, turn, first, last, next, scratch);
     }

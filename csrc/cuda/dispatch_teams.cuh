@@ -163,7 +163,7 @@ __device__ __forceinline__ bool receive_in_teams(const View& view, const RecvTar
 __device__ __forceinline__ void dispatch_recv_teams(const View& view, const RecvTarget& target,
                                                     const Turn& turn, RecvScratch scratch,
                                                     int first_receiver) {
-    report_dispatch_reader(view, turn);
+    report_dispatch_reader(view, turn, scratch);
     const bool keeps_books = blockIdx.x == 0;
     const int receiver = static_cast<int>(blockIdx.x) - first_receiver;
     if (!keeps_books && receiver < 0) return;
@@ -180,8 +180,8 @@ __device__ __forceinline__ void dispatch_recv_teams(const View& view, const Recv
     if (keeps_books) {
         ok = keep_books(view, target, turn, scratch, ok);
     } else {
-        ok = __syncthreads_or(!ok) == 0 &&
-             receive_in_teams(view, target, turn, scratch, first_receiver);
+        ok =
+            all_found(ok, scratch) && receive_in_teams(view, target, turn, scratch, first_receiver);
     }
     if (ok && target.format == Format::kCompact) {
         clear_unused_rows(view, target, scratch, max(0, receiver + 1),

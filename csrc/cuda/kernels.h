@@ -73,9 +73,9 @@ struct CombineKernels {
 // Compiled for what sums travel as.
 CombineKernels bf16_combine_kernels(bool late_weights);
 CombineKernels fp8_combine_kernels(bool late_weights);
-// For few units of BF16 whose weights came with the dispatch: two warps to each.
-CombineKernels few_combine_kernels();
-// For so many that their rows do not fit into L2 with the inbox.
+// For few units of BF16: two warps to each.
+CombineKernels few_combine_kernels(bool late_weights);
+// For so many that their rows do not fit into L2 with the inbox; of known weights.
 CombineKernels streamed_combine_kernels();
 
 // Bytes of dynamic shared memory of the halves of dispatch. The fused kernel has both, the send's

@@ -1,6 +1,7 @@
 // Weights that come with the combine instead of the dispatch: every rank sends its [T, K] table
 // ahead of the rows, as tagged lines, and whoever adds up a message waits for the line or two that
-// hold its token's.
+// hold its token's. Where the dispatch had no weights, an entry says in their place which float of
+// the table its weight will be.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -11,67 +12,105 @@ namespace ep {
 
 inline constexpr int kFloatsPerLine = kLinePayload / 4;
 
-// All CTAs. The table goes to everybody, this rank included.
-__device__ __noinline__ inline void push_weights(const View& view, const CombineInput& in,
-                                                 Turn turn) {
-    const int tokens = min(in.num_tokens, view.max_tokens);
-    const int floats = tokens * view.topk;
-    const int vectors = (floats + kFloatsPerLine - 1) / kFloatsPerLine * kVectorsPerLine;
-    const auto at = [&](int i) { return i < floats ? in.weights[i] : 0.0f; };
-    const auto granule = [&](int g) {
-        return static_cast<uint64_t>(float_to_bits(at(2 * g))) |
-               (static_cast<uint64_t>(float_to_bits(at(2 * g + 1))) << 32);
-    };
+// When weights came: with the dispatch, or with this combine.
+enum class Weights { kKnown, kLate };
+
+// This rank's table, of which a thread sends vectors. The first is asked for while the epoch is.
+template <Weights kWeights>
+struct OwnTable {
+    __device__ __forceinline__ void ask(const View&, const CombineInput&) {}
+    __device__ __forceinline__ void push(const View&, const CombineInput&, const Turn&,
+                                         bool) const {}
+};
+
+template <>
+struct OwnTable<Weights::kLate> {
+    float first[4];  // as they lie in the thread's first vector
+
+    __device__ __forceinline__ void ask(const View& view, const CombineInput& in) {
+        load(floats(view, in), in, first_vector(), first);
+    }
+    // All CTAs: to every rank; to this one where it looks for its own there too.
+    __device__ __forceinline__ void push(const View& view, const CombineInput& in, const Turn& turn,
+                                         bool to_us) const {
+        const int count = floats(view, in);
+        const int vectors = (count + kFloatsPerLine - 1) / kFloatsPerLine * kVectorsPerLine;
+        float now[4] = {first[0], first[1], first[2], first[3]};
 #pragma unroll 1
-    for (int v = blockIdx.x * kCombineThreads + threadIdx.x; v < vectors;
-         v += static_cast<int>(gridDim.x) * kCombineThreads) {
-        const int g = first_granule(v);
-        const ptx::Vector vector{granule(g), holds_tag(v) ? turn.epoch : granule(g + 1)};
+        for (int v = first_vector(); v < vectors;) {
+            const ptx::Vector vector{pack(now[0], now[1]),
+                                     holds_tag(v) ? turn.epoch : pack(now[2], now[3])};
 #pragma unroll 1
-        for (int r = 0; r < view.num_ranks; ++r) {
-            if (turn.absent.has(view, r)) continue;
-            ptx::store_line_vector(view.peer[r] + view.weights_out + 16 * v, vector);
+            for (int r = 0; r < view.num_ranks; ++r) {
+                if ((r == view.rank && !to_us) || turn.absent.has(view, r)) continue;
+                ptx::store_line_vector(view.peer[r] + view.weights_out + 16 * v, vector);
+            }
+            v += static_cast<int>(gridDim.x) * kCombineThreads;
+            load(count, in, v, now);
         }
     }
-}
 
-// One token's weights in the registers of a warp: float k of the token at lane k.
-struct LateWeights {
-    float mine;
-
-    // Whole warps; false: gave up. K floats lie in at most three lines: lanes 0 to 23 load them.
-    __device__ __noinline__ bool load(const View& view, const CombineInput& in, Watch& watch,
-                                      int source, int slot, uint64_t epoch) {
-        const int lane = threadIdx.x & 31;
-        const int token = in.routing.tokens[source * view.max_tokens + slot];
-        const int first = token * view.topk;
-        const int first_line = first / kFloatsPerLine;
-        const int last_line = (first + view.topk - 1) / kFloatsPerLine;
-        const int line = first_line + lane / kVectorsPerLine;
-        const uint8_t* table = view.weights_in + static_cast<int64_t>(source) * view.weights_stride;
-        const bool mine_too = lane < 3 * kVectorsPerLine && line <= last_line;
-        const uint8_t* from[1] = {mine_too ? table + static_cast<int64_t>(line) * kLineBytes +
-                                                 16 * (lane % kVectorsPerLine)
-                                           : nullptr};
-        const int peers[1] = {source};
-        ptx::Vector v[1] = {};
-        if (!await_vectors<1>(watch, from, peers, holds_tag(lane), epoch, v)) return false;
-
-        const int wanted = first + min(lane, view.topk - 1);
-        const int within = wanted - first_line * kFloatsPerLine;  // float of the three lines
-        const int in_line = within % kFloatsPerLine;
-        const int from_lane = within / kFloatsPerLine * kVectorsPerLine + in_line / 4;
-        const uint64_t lo = __shfl_sync(kFullWarp, v[0].lo, from_lane);
-        const uint64_t hi = __shfl_sync(kFullWarp, v[0].hi, from_lane);
-        const uint64_t pair = (in_line & 2) != 0 ? hi : lo;
-        mine = bits_to_float(static_cast<uint32_t>((in_line & 1) != 0 ? pair >> 32 : pair));
-        return true;
+  private:
+    static __device__ __forceinline__ int floats(const View& view, const CombineInput& in) {
+        return min(in.num_tokens, view.max_tokens) * view.topk;
     }
-
-    // Of the lane's own reference, which holds k where the dispatch had no weights. Whole warps.
-    __device__ __forceinline__ float of(const RowRef& ref) const {
-        return __shfl_sync(kFullWarp, mine, static_cast<int>(float_to_bits(ref.weight)) & 31);
+    static __device__ __forceinline__ int first_vector() {
+        return static_cast<int>(blockIdx.x * kCombineThreads + threadIdx.x);
+    }
+    static __device__ __forceinline__ void load(int count, const CombineInput& in, int vector,
+                                                float (&of)[4]) {
+        const int from = 2 * first_granule(vector);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) of[i] = from + i < count ? in.weights[from + i] : 0.0f;
+    }
+    static __device__ __forceinline__ uint64_t pack(float lo, float hi) {
+        return static_cast<uint64_t>(float_to_bits(lo)) |
+               (static_cast<uint64_t>(float_to_bits(hi)) << 32);
     }
 };
+
+// Which float of a table of so many tokens is an entry's. A peer told us, so it is kept within.
+__device__ __forceinline__ int table_index(const View& view, const RowRef& ref, int tokens) {
+    const auto floats = static_cast<uint32_t>(tokens * view.topk);
+    return ref.row < 0 ? 0 : static_cast<int>(min(float_to_bits(ref.weight), floats - 1));
+}
+
+// Of this rank's own tokens, where the caller has them: entry k at lane k of a list of rows.
+__device__ __forceinline__ float own_weight(const View& view, const CombineInput& in,
+                                            const RowRef& ref) {
+    const int tokens = min(in.num_tokens, view.max_tokens);
+    return tokens > 0 ? in.weights[table_index(view, ref, tokens)] : 0.0f;
+}
+
+// Of another rank's tokens, or of this one's if it sent itself its table. Whole warps; false: gave
+// up. To wait here, before any row is asked for, costs less than the registers that rows would
+// occupy meanwhile (docs/performance.md).
+__device__ __forceinline__ bool await_weight(const View& view, const RowRef& ref, Watch& watch,
+                                             int source, uint64_t epoch, float& weight) {
+    const int lane = static_cast<int>(threadIdx.x & 31);
+    const int index = table_index(view, ref, view.max_tokens);
+    // K floats lie in at most three lines: lanes 0 to 23 load them. The list's first entry is its
+    // lowest.
+    const int first_line = __shfl_sync(kFullWarp, index, 0) / kFloatsPerLine;
+    const int last_line = __reduce_max_sync(kFullWarp, index) / kFloatsPerLine;
+    const int line = first_line + lane / kVectorsPerLine;
+    const uint8_t* table = view.weights_in + static_cast<int64_t>(source) * view.weights_stride;
+    const bool loads = lane < 3 * kVectorsPerLine && line <= last_line;
+    const uint8_t* from[1] = {loads ? table + static_cast<int64_t>(line) * kLineBytes +
+                                          16 * (lane % kVectorsPerLine)
+                                    : nullptr};
+    const int peers[1] = {source};
+    ptx::Vector v[1] = {};
+    if (!await_vectors<1>(watch, from, peers, holds_tag(lane), epoch, v)) return false;
+
+    const int within = max(0, index - first_line * kFloatsPerLine);  // float of the lines
+    const int in_line = within % kFloatsPerLine;
+    const int holder = within / kFloatsPerLine * kVectorsPerLine + in_line / 4;
+    const uint64_t lo = __shfl_sync(kFullWarp, v[0].lo, holder);
+    const uint64_t hi = __shfl_sync(kFullWarp, v[0].hi, holder);
+    const uint64_t pair = (in_line & 2) != 0 ? hi : lo;
+    weight = bits_to_float(static_cast<uint32_t>((in_line & 1) != 0 ? pair >> 32 : pair));
+    return true;
+}
 
 }  // namespace ep

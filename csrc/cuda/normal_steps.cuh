@@ -171,7 +171,7 @@ struct Ring {
     __device__ __forceinline__ void init() {
         if (lane_of() == 0) {
 #pragma unroll
-            for (int s = 0; s < kStages; ++s) ptx::init_arrival(arrivals + s);
+            for (int s = 0; s < kStages; ++s) ptx::init_arrivals(arrivals + s, 1);
         }
         ptx::fence_async();  // the copy engine sees the words
         __syncwarp();
@@ -186,7 +186,7 @@ struct Ring {
     }
     // The next piece, when it is there.
     __device__ __forceinline__ const uint8_t* await() {
-        ptx::await_load(arrivals + next_used, parity);
+        ptx::await_phase(arrivals + next_used, parity);
         const uint8_t* at = stages + next_used * kBytes;
         next_used = next_used + 1 == kStages ? 0 : next_used + 1;
         if (next_used == 0) parity ^= 1;

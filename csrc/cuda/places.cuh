@@ -101,7 +101,6 @@ __device__ inline void note_rows(const View& view, const RecvTarget& target, con
         refs[index] = {row, weight};
         if (target.source_token != nullptr) target.source_token[row] = token;
     }
-    if (lane == 0) target.routing.tokens[at_inbox] = token;
     if (lane == 0 && __popc(placed.has_row) < topk) refs[__popc(placed.has_row)] = {-1, 0.0f};
 }
 

@@ -105,12 +105,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 // Between ordinary accesses and bulk copies that must not overtake them.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// A word in shared memory that counts a bulk load's bytes; one arrival a phase.
-__device__ __forceinline__ void init_arrival(uint64_t* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier))
+// A word in shared memory that counts arrivals, `expected` a phase, and a bulk load's bytes. It is
+// there for others behind a barrier of the CTA.
+__device__ __forceinline__ void init_arrivals(uint64_t* barrier, uint32_t expected) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(expected)
                  : "memory");
 }
-// Global to shared memory. Pairs with await_load of the same phase.
+// One arrival: releases what the thread wrote to the CTA. Pairs with await_phase.
+__device__ __forceinline__ void arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+                 : "memory");
+}
+// Global to shared memory, and one arrival. Pairs with await_phase.
 __device__ __forceinline__ void start_load(void* to, const void* from, uint32_t bytes,
                                            uint64_t* barrier) {
     const uint32_t b = shared_address(barrier);
@@ -122,9 +129,9 @@ __device__ __forceinline__ void start_load(void* to, const void* from, uint32_t 
         "l"(from), "r"(bytes), "r"(b)
         : "memory");
 }
-// Waits until the load of the phase with this parity is there; acquires it. The SM's own work: no
-// peer can keep it from ending.
-__device__ __forceinline__ void await_load(uint64_t* barrier, uint32_t parity) {
+// Waits until all of the phase with this parity have arrived, and acquires what they released or
+// loaded. Within the SM: no peer may keep it from ending.
+__device__ __forceinline__ void await_phase(uint64_t* barrier, uint32_t parity) {
     const uint32_t b = shared_address(barrier);
     uint32_t there = 0;
     while (there == 0) {
@@ -277,11 +284,6 @@ __device__ __forceinline__ void await_arrivals() {
 template <int kId, int kCount>
 __device__ __forceinline__ void sync_some() {
     asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kCount) : "memory");
-}
-// For those who do not wait there: what they wrote is there for those who do.
-template <int kId, int kCount>
-__device__ __forceinline__ void arrive_some() {
-    asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kCount) : "memory");
 }
 
 // Programmatic dependent launch; both are no-ops in a kernel launched without it.

@@ -17,24 +17,39 @@ struct alignas(16) Landings {
     int32_t row[kMaxTopk];  // first, since four are read at a time
     int32_t first_scale[kMaxTopk];
     int32_t count;  // kNothing: no message
+    int32_t gave_up;  // not 0: a warp did (all_found)
     int32_t end;  // items from here on are no messages, or kNoCounts: the clerk's word
 
     static constexpr int32_t kNothing = -1;
     static constexpr int32_t kNoCounts = -1;  // it gave up
 };
 
-// Shared memory: head of the router's message | landings | room for messages | counts, as they
-// travel, tags and all, [R] | messages[R] | first_row[L + 1].
+// What the router waits for, once. Words that count arrivals and not barriers of some warps:
+// compute-sanitizer's racecheck follows these (docs/benchmarks.md).
+struct alignas(16) RouterWaits {
+    uint64_t readers;  // every other warp has read the epoch
+    uint64_t counts;  // every lane of the clerk: all counts are there, or it gave up
+
+    __device__ __forceinline__ void prepare() {
+        ptx::init_arrivals(&readers, kThreads / 32 - 1);
+        ptx::init_arrivals(&counts, 32);
+    }
+};
+
+// Shared memory: head of the router's message | landings | what it waits for | room for messages |
+// counts, as they travel, tags and all, [R] | messages[R] | first_row[L + 1].
 struct RecvScratch {
     uint64_t* head;
     Landings* landings;
+    RouterWaits* waits;
     uint64_t* message;
     uint8_t* counts;
     int32_t* announced;  // messages of every source; kUnknown until its counts are here
     int32_t* first_row;  // contiguous: first row of the expert
 
     static constexpr int32_t kUnknown = 0x7fffffff;
-    static constexpr int kFront = kHeadBytes + static_cast<int>(sizeof(Landings));
+    static constexpr int kWaitsAt = kHeadBytes + static_cast<int>(sizeof(Landings));
+    static constexpr int kFront = kWaitsAt + static_cast<int>(sizeof(RouterWaits));
     static_assert(kFront % 16 == 0);
 
     static EP_HD int counts_at(int room) { return static_cast<int>(round_up(kFront + room, 16)); }
@@ -47,6 +62,7 @@ struct RecvScratch {
         auto* announced = reinterpret_cast<int32_t*>(counts + view.num_ranks * view.counts_stride);
         return {reinterpret_cast<uint64_t*>(smem),
                 reinterpret_cast<Landings*>(smem + kHeadBytes),
+                reinterpret_cast<RouterWaits*>(smem + kWaitsAt),
                 reinterpret_cast<uint64_t*>(smem + kFront),
                 counts,
                 announced,
@@ -72,12 +88,24 @@ struct RecvScratch {
     }
 };
 
-// All threads.
+// All threads; the caller synchronises.
 __device__ __forceinline__ void prepare_recv(const View& view, RecvScratch scratch) {
+    if (threadIdx.x == 0) {
+        scratch.landings->gave_up = 0;
+        scratch.waits->prepare();
+    }
 #pragma unroll 1
     for (int s = threadIdx.x; s < view.num_ranks; s += kThreads) {
         scratch.announced[s] = RecvScratch::kUnknown;
     }
+}
+
+// The CTA meets: has every warp found what it waited for? A word and not __syncthreads_or, for
+// racecheck's sake as well. Another barrier must lie before the next call.
+__device__ __forceinline__ bool all_found(bool found, RecvScratch scratch) {
+    if (!found) scratch.landings->gave_up = 1;
+    __syncthreads();
+    return scratch.landings->gave_up == 0;
 }
 
 // One warp: ranks that are left out send nothing.

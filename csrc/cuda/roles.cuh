@@ -21,10 +21,5 @@ __device__ __forceinline__ int send_thread() {
     const int thread = static_cast<int>(threadIdx.x);
     return thread < kRowThreads ? thread : thread - 32;
 }
-__device__ __forceinline__ void sync_senders() { ptx::sync_some<2, kSendThreads>(); }
-
-// The clerk tells the router that all counts are there, or that it gave up.
-__device__ __forceinline__ void tell_router() { ptx::arrive_some<3, 64>(); }
-__device__ __forceinline__ void await_clerk() { ptx::sync_some<3, 64>(); }
 
 }  // namespace ep

@@ -29,19 +29,8 @@ __device__ __forceinline__ void add_statistic(uint64_t& total, uint64_t more) {
 // and this comes after the wait for peers. (An operation that gave up leaves its readers counted
 // until reset(): hence "at least".)
 //
-// Every kernel that ends an operation calls this, in all CTAs of kThreads threads: this one knows
-// the epoch. One warp, which `stays`, waits for the others; its thread that `speaks` counts the
-// CTA.
-template <int kThreads>
-__device__ __forceinline__ void report_epoch_read(bool stays, bool speaks, uint32_t& readers,
-                                                  uint64_t epoch) {
-    if (!stays) {
-        ptx::arrive_with<kThreads>(epoch);
-        return;
-    }
-    ptx::await_arrivals<kThreads>();
-    if (speaks) atomicAdd(&readers, 1u);
-}
+// Every kernel that ends an operation reports so, in all CTAs: report_dispatch_reader and
+// report_combine_reader. One warp of the CTA waits for the others and counts the CTA.
 
 // One warp: have all CTAs read the epoch?
 __device__ __forceinline__ bool all_have_read(uint32_t& readers) {

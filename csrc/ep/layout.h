@@ -184,14 +184,13 @@ struct HeapLayout {
 // Where a received message's rows lie in the output, and their weights: what combine reads.
 struct alignas(8) RowRef {
     int32_t row;   // row of the combine input; -1 ends the list
-    float weight;  // the bits of k where the weights come with the combine
+    float weight;  // or the bits of its entry's number where the weights come with the combine
 };
 
 // What a dispatch leaves for the combines of its handle, in memory of the handle's own.
 struct RoutingLayout {
     int64_t received;  // int32 [R]: messages received from each source
     int64_t sent;      // int32 [M][R]: slot of token t at rank d, or -1
-    int64_t tokens;    // int32 [R*M]: token of each message received, at its source
     int64_t refs;      // RowRef [R*M][K], in k order, ended by row -1
     int64_t bytes;
 
@@ -199,8 +198,7 @@ struct RoutingLayout {
         RoutingLayout r{};
         r.received = 0;
         r.sent = round_up(4LL * s.num_ranks, 128);
-        r.tokens = r.sent + round_up(4LL * s.max_tokens * s.num_ranks, 128);
-        r.refs = r.tokens + round_up(4LL * s.max_messages(), 128);
+        r.refs = r.sent + round_up(4LL * s.max_tokens * s.num_ranks, 128);
         const int64_t refs = static_cast<int64_t>(s.max_messages()) * s.topk * sizeof(RowRef);
         r.bytes = r.refs + round_up(refs, 128);
         return r;
@@ -210,14 +208,12 @@ struct RoutingLayout {
 struct Routing {
     int32_t* received;
     int32_t* sent;
-    int32_t* tokens;
     RowRef* refs;
 
     static Routing at(uint8_t* base, const Shape& s) {
         const RoutingLayout r = RoutingLayout::make(s);
         return {reinterpret_cast<int32_t*>(base + r.received),
                 reinterpret_cast<int32_t*>(base + r.sent),
-                reinterpret_cast<int32_t*>(base + r.tokens),
                 reinterpret_cast<RowRef*>(base + r.refs)};
     }
 };

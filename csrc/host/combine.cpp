@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -13,15 +14,16 @@
 namespace ep::host {
 namespace {
 
-// The weighted sum of one message's rows, in k order. `late`: the token's weights, where they came
-// with the combine.
+// The weighted sum of one message's rows, in k order. `late`: its source's table of weights, where
+// they came with the combine. (What a peer says of an entry stays within the table.)
 void reduce_message(const Context& context, const RowRef* refs, const CombineInput& in,
                     const float* late, std::vector<float>* sum) {
+    const auto entries = static_cast<uint32_t>(context.shape.max_tokens * context.shape.topk);
     sum->assign(context.shape.hidden, 0.0f);
     for (int k = 0; k < context.shape.topk && refs[k].row >= 0; ++k) {
         const uint16_t* row = in.y + refs[k].row * in.row_stride;
-        const float weight =
-            late == nullptr ? refs[k].weight : late[float_to_bits(refs[k].weight) % kMaxTopk];
+        const uint32_t entry = std::min(float_to_bits(refs[k].weight), entries - 1);
+        const float weight = late == nullptr ? refs[k].weight : late[entry];
         row_math().multiply_add(weight, row, context.shape.hidden, sum->data());
     }
 }
@@ -114,17 +116,13 @@ void HostRank::combine_send(int chain, const CombineInput& in) {
     for (int source = 0; source < shape.num_ranks; ++source) {
         const int32_t received = masks.has(source) ? 0 : in.routing.received[source];
         uint8_t* table = context_.weights_at(context_.rank, chain, source);
+        const auto* late = in.late_weights ? reinterpret_cast<const float*>(table) : nullptr;
         if (in.late_weights && received > 0 &&
             !waiter.wait(tag_of(table, context_.layout.weights_stride), source)) {
             return;
         }
         for (int i = 0; i < received; ++i) {
             const int64_t index = int64_t{source} * shape.max_tokens + i;
-            const float* late = nullptr;
-            if (in.late_weights) {
-                late = reinterpret_cast<const float*>(table) +
-                       int64_t{in.routing.tokens[index]} * shape.topk;
-            }
             reduce_message(context_, in.routing.refs + index * shape.topk, in, late, &sum);
             uint8_t* slot = context_.combine_at(source, chain, epoch, context_.rank, i);
             write_sum(context_, in.wire, sum, slot);

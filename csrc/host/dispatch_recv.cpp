@@ -163,9 +163,6 @@ class Receive {
         Entry entries[kMaxTopk];
         std::memcpy(entries, message + layout_.entries, sizeof(Entry) * context_.shape.topk);
         const int64_t index = int64_t{source} * context_.shape.max_tokens + slot;
-        MessageHeader header{};
-        std::memcpy(&header, message + layout_.header, sizeof(header));
-        target_.routing.tokens[index] = header.token;
         RowRef* refs = target_.routing.refs + index * context_.shape.topk;
         return target_.format == Format::kCompact ? place_message(message, entries, refs)
                                                   : place_rows(source, message, entries, refs);

@@ -37,8 +37,8 @@ void route_token(const Context& context, const Masks& masks, const SendInput& in
     for (int k = 0; k < shape.topk; ++k) {
         const int64_t index = static_cast<int64_t>(token) * shape.topk + k;
         const int expert = input.expert(index);
-        // Where the weights come with the combine: k, by which it finds them.
-        const float weight = input.weights == nullptr ? bits_to_float(static_cast<uint32_t>(k))
+        // Where the weights come with the combine: which entry it is, by which it finds them.
+        const float weight = input.weights == nullptr ? bits_to_float(static_cast<uint32_t>(index))
                                                       : input.weights[index];
         entries[k] = {-1, 0, weight};
         if (expert == -1) continue;

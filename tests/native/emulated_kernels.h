@@ -89,19 +89,24 @@ struct Emulated {
     template <class Step>
     void as(Wire wire, bool late_weights, Step step) const {
         if (wire == Wire::kFp8) return step(Fp8Sums{});
-        if (few && !late_weights) return step(Bf16HalfSums{});
+        if (few) return step(Bf16HalfSums{});
         if (streamed && !late_weights) return step(Bf16StreamedSums{});
         step(Bf16Sums{});
+    }
+    template <class Sums, Weights kWeights>
+    void combine_send_as(const CombineInput& in, const Turn& turn) const {
+        OwnTable<kWeights> table;
+        table.ask(view, in);
+        combine_send<Sums, kWeights>(view, in, turn, table, first_of_send<Sums>(view, in));
     }
     emulator::Launch combine_send_kernel(CombineInput in) const {
         return launch_combine([=, this](uint8_t*) {
             const Turn turn = begin_as<CombineSendArgs>(Op::kCombine);
             as(in.wire, in.late_weights, [&]<class Sums>(Sums) {
-                const FirstItem first = first_of_send<Sums>(view, in);
                 if (in.late_weights) {
-                    combine_send<Sums, Weights::kLate>(view, in, turn, first);
+                    combine_send_as<Sums, Weights::kLate>(in, turn);
                 } else {
-                    combine_send<Sums, Weights::kKnown>(view, in, turn, first);
+                    combine_send_as<Sums, Weights::kKnown>(in, turn);
                 }
             });
         });
@@ -112,21 +117,26 @@ struct Emulated {
             as(out.wire, false, [&]<class Sums>(Sums) { combine_recv<Sums>(view, out, turn); });
         });
     }
-    template <class Sums>
-    void combine_fused(const CombineInput& in, const CombineOutput& out, const Turn& turn) const {
+    template <class Sums, Weights kWeights>
+    void combine_fused_as(const CombineInput& in, const CombineOutput& out,
+                          const Turn& turn) const {
+        OwnTable<kWeights> table;
+        table.ask(view, in);
         const int send = send_ctas();
         const FirstItem first = first_of_both<Sums>(view, in, send);
-        if (in.late_weights) {
-            combine_both<Sums, Weights::kLate>(view, in, out, send, turn, first);
-        } else {
-            combine_both<Sums, Weights::kKnown>(view, in, out, send, turn, first);
-        }
+        combine_both<Sums, kWeights>(view, in, out, send, turn, table, first);
     }
     emulator::Launch combine_fused_kernel(CombineInput in, CombineOutput out) const {
         return launch_combine([=, this](uint8_t*) {
             const Turn turn = begin_as<CombineFusedArgs>(Op::kCombine);
             as(in.wire, in.late_weights,
-               [&]<class Sums>(Sums) { combine_fused<Sums>(in, out, turn); });
+               [&]<class Sums>(Sums) {
+                   if (in.late_weights) {
+                       combine_fused_as<Sums, Weights::kLate>(in, out, turn);
+                   } else {
+                       combine_fused_as<Sums, Weights::kKnown>(in, out, turn);
+                   }
+               });
         });
     }
 };

@@ -123,8 +123,8 @@ inline bool meet_cta(bool vote) {
     return meeting->any;
 }
 
-// Barrier `id`, for `count` threads of the CTA, of which some only report.
-inline void meet_some(int id, int count, bool waits) {
+// Barrier `id`, for `count` threads of the CTA.
+inline void meet_some(int id, int count) {
     std::shared_ptr<Meeting>& part = current->cta->parts[id];
     if (!part) part = std::make_shared<Meeting>();
     const std::shared_ptr<Meeting> meeting = part;
@@ -132,7 +132,7 @@ inline void meet_some(int id, int count, bool waits) {
         meeting->done = true;
         part.reset();
     }
-    if (waits) current->waits_for = meeting;
+    current->waits_for = meeting;
     pause();
 }
 

@@ -49,8 +49,8 @@ inline void store_release_cta(uint32_t* p, uint32_t v) { *p = v; }
 inline void add_release_sys(uint64_t* p, uint64_t v) { *p += v; }
 inline uint32_t add_acq_rel_gpu(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 
-// Bulk loads are there at once: a barrier word counts its phases. Bulk stores are made as late as
-// the kernel allows, so that a stage that is filled again too early gives wrong bytes.
+// Bulk loads are there at once, and arrive. Bulk stores are made as late as the kernel allows, so
+// that a stage that is filled again too early gives wrong bytes.
 struct BulkStore {
     void* to;
     const void* from;
@@ -63,13 +63,22 @@ struct BulkStores {
 inline std::map<const emulator::Lane*, BulkStores> bulk_stores;
 
 inline void fence_async() {}
-inline void init_arrival(uint64_t* barrier) { *barrier = 0; }
+// A word that counts arrivals: phases | arrivals that are missing << 32 | those of a phase << 48.
+inline void init_arrivals(uint64_t* barrier, uint32_t expected) {
+    *barrier = static_cast<uint64_t>(expected) << 48 | static_cast<uint64_t>(expected) << 32;
+}
+inline void arrive(uint64_t* barrier) {
+    constexpr uint64_t kMissing = uint64_t{0xffff} << 32;
+    if ((*barrier & kMissing) == 0) std::abort();
+    *barrier -= uint64_t{1} << 32;
+    if ((*barrier & kMissing) == 0) *barrier += 1 + (*barrier >> 48 << 32);
+}
 inline void start_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
     if (bytes == 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
     std::memcpy(to, from, bytes);
-    ++*barrier;
+    arrive(barrier);
 }
-inline void await_load(uint64_t* barrier, uint32_t parity) {
+inline void await_phase(uint64_t* barrier, uint32_t parity) {
     while ((*barrier & 1) == parity) emulator::pause();
 }
 inline void start_store(void* to, const void* from, uint32_t bytes) {
@@ -119,11 +128,7 @@ void await_copies() {
 inline void keep(int32_t) {}
 template <int kId, int kCount>
 void sync_some() {
-    emulator::meet_some(kId, kCount, true);
-}
-template <int kId, int kCount>
-void arrive_some() {
-    emulator::meet_some(kId, kCount, false);
+    emulator::meet_some(kId, kCount);
 }
 template <int kThreads>
 void arrive_with(uint64_t) {
