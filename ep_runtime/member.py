@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal, NoReturn, Protocol, TypeVar
 
@@ -104,10 +106,38 @@ class Member(ABC):
             )
         self._ops.native.set_time_budget(int(seconds * 1e9))
         self._budget_s = seconds
+        self._warming_up = False
 
     def steady(self) -> None:
         """Kernels are loaded everywhere: go from the warm-up budget to the steady one."""
         self.set_time_budget(env.read().timeout_s)
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Wait for peers that load kernels at least as long as in warm-up.
+
+        Afterwards as long as `set_time_budget` said, or steadily where nobody has called it.
+        """
+        before, warming_up = self._budget_s, self._warming_up
+        self.set_time_budget(max(before, env.read().warmup_timeout_s))
+        try:
+            yield
+        finally:
+            if warming_up:
+                self.steady()
+            else:
+                self.set_time_budget(before)
+
+    def _warm_up(self) -> None:
+        """The budget to begin with."""
+        self.set_time_budget(env.read().warmup_timeout_s)
+        self._warming_up = True
+
+    def _renew_budget(self) -> None:
+        """The same budget for native operations that are new, or have forgotten theirs."""
+        warming_up = self._warming_up
+        self.set_time_budget(self._budget_s)
+        self._warming_up = warming_up
 
     # ---- life -----------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from ep_runtime import env
 from ep_runtime.config import DispatchFormat, EpConfig, ScaleFormat
 from ep_runtime.errors import ConfigError
 from ep_runtime.handles import Received, StepStats
@@ -67,7 +66,7 @@ class Rank(Masks, Member):
         # Told of every operation before it is launched; what it raises keeps it from being.
         self.recorder: Callable[[OpRecord], None] | None = None
         self._ops.synchronize()
-        self.set_time_budget(env.read().warmup_timeout_s)
+        self._warm_up()
 
     @property
     def local_experts(self) -> range:
@@ -159,6 +158,11 @@ class Rank(Masks, Member):
         offset = layout.stats_offset + chain * layout.stats_stride
         return self._memory.local + offset, layout.stats_bytes
 
+    def heap_region(self) -> tuple[int, int]:
+        """(address, bytes) of this rank's symmetric heap, which peers write."""
+        sizes = layout_of(self.config, self.num_ranks).sizes
+        return self._memory.heaps[self.rank], sizes.heap
+
     def epochs(self, chain: int = 0) -> tuple[int, int]:
         """(dispatched, combined) of the chain's device words. Synchronises; for diagnosis.
 
@@ -196,7 +200,7 @@ class Rank(Masks, Member):
         self._open.clear()
         if self._order is not None:
             self._order.forget(self.rank)
-        self.set_time_budget(self._budget_s)
+        self._renew_budget()
         self.world.meet_without(absent)
 
     def _close(self, with_peers: bool) -> None:

@@ -2,7 +2,8 @@
 
 from ep_runtime.graphs.audit import Audit, Region, audit_graph, audit_operations
 from ep_runtime.graphs.buckets import Buckets
-from ep_runtime.graphs.decode import DecodeGraphs, GraphReport
+from ep_runtime.graphs.build import GraphReport
+from ep_runtime.graphs.decode import DecodeGraphs
 from ep_runtime.graphs.nodes import Edge, GraphInfo, NodeInfo
 
 __all__ = [

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from ep_runtime.errors import ShapeError
 
@@ -41,6 +44,18 @@ class Buckets:
             previous = size
 
     @classmethod
+    def of(cls, given: Buckets | Sequence[int], max_tokens: int) -> Buckets:
+        """Sizes or buckets, within the group's own limit."""
+        if isinstance(given, Buckets):
+            return cls(given.sizes, max_tokens)
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise ShapeError(
+                f"buckets is {given!r}; give a sequence of batch sizes, such as (1, 8, 32), or "
+                "Buckets.powers_of_two(32)"
+            )
+        return cls(tuple(given), max_tokens)
+
+    @classmethod
     def powers_of_two(cls, largest: int, max_tokens: int | None = None) -> Buckets:
         """1, 2, 4 ... and `largest` itself. `max_tokens` defaults to `largest`."""
         sizes = [1 << i for i in range(max(largest, 1).bit_length()) if 1 << i < largest]
@@ -70,3 +85,21 @@ class Buckets:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+
+def as_ints(num_tokens: object) -> tuple[int, ...]:
+    """Numbers of tokens as a caller gives them: an int, or one for each rank.
+
+    Raises ShapeError for anything else. Tensors as well: a graph is picked by a number that the
+    host has, and to fetch one would synchronise.
+    """
+    try:
+        if isinstance(num_tokens, torch.Tensor):
+            raise TypeError
+        if isinstance(num_tokens, Iterable):
+            return tuple(operator.index(count) for count in num_tokens)
+        return (operator.index(num_tokens),)  # type: ignore[arg-type]
+    except TypeError:
+        raise ShapeError(
+            f"num_tokens is {num_tokens!r}; give an int, or one for each virtual rank"
+        ) from None

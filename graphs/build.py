@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
-from ep_runtime import env
 from ep_runtime.buffer import Buffer
 from ep_runtime.errors import CaptureError
 from ep_runtime.graphs.capture import CaptureSite, CudaGraph
@@ -14,6 +13,21 @@ from ep_runtime.graphs.record import HostGraph
 from ep_runtime.graphs.staging import Tensors
 
 Sizes = tuple[int, ...]  # a bucket per rank of this process
+
+
+@dataclass(frozen=True, slots=True)
+class GraphReport:
+    """Facts about one graph.
+
+    sizes: the bucket of each rank of this process. nodes: by kind (host: operations by kind).
+    static_bytes: its inputs and outputs; inputs are shared with the other buckets.
+    """
+
+    sizes: Sizes
+    nodes: Mapping[str, int]
+    launches: int
+    static_bytes: int
+    replays: int
 
 
 @dataclass(slots=True)
@@ -31,6 +45,13 @@ class Entry:
             raise CaptureError(f"the buckets {self.sizes} have no graph: their capture did not end")
         return self.captured
 
+    def report(self, input_bytes: int) -> GraphReport:
+        audit, outputs = self.graph.audit, self.graph.outputs
+        results = sum(t.numel() * t.element_size() for rank in outputs for t in rank.values())
+        return GraphReport(
+            self.sizes, audit.counts, audit.launches, input_bytes + results, self.replays
+        )
+
 
 class Builder:
     """Captures entries on all ranks of a group together. `site` is None on the host backend."""
@@ -44,7 +65,9 @@ class Builder:
     def build(self, entries: Sequence[Entry], warmup: int) -> None:
         """Warm up, capture, instantiate and upload every entry."""
         self._require_same_runs(len(entries), warmup)
-        with self._warmup_budget():
+        with ExitStack() as stack:
+            for buffer in self._buffers:
+                stack.enter_context(buffer.patient())
             for entry in entries:
                 for _ in range(warmup):
                     self._warm(entry)
@@ -63,22 +86,6 @@ class Builder:
                     f"rank {self._world.rank} captures {mine}, rank {rank} {answer.decode()}; give "
                     "every rank as many buckets and the same warmup"
                 )
-
-    @contextmanager
-    def _warmup_budget(self) -> Iterator[None]:
-        """Wait longer for peers that load kernels; afterwards as long as before, or steadily."""
-        longest = env.read().warmup_timeout_s
-        before = [buffer.time_budget_s for buffer in self._buffers]
-        for buffer, budget in zip(self._buffers, before, strict=True):
-            buffer.set_time_budget(max(budget, longest))
-        try:
-            yield
-        finally:
-            for buffer, budget in zip(self._buffers, before, strict=True):
-                if budget < longest:
-                    buffer.set_time_budget(budget)
-                else:
-                    buffer.steady()
 
     def _warm(self, entry: Entry) -> None:
         if self._site is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar, cast, overload
 
 import torch
@@ -11,31 +10,22 @@ import torch
 from ep_runtime.buffer import Buffer
 from ep_runtime.errors import CaptureError, ShapeError
 from ep_runtime.graphs.audit import Audit
-from ep_runtime.graphs.buckets import Buckets
-from ep_runtime.graphs.build import Builder, Entry, Sizes
+from ep_runtime.graphs.buckets import Buckets, as_ints
+from ep_runtime.graphs.build import Builder, Entry, GraphReport, Sizes
 from ep_runtime.graphs.capture import CaptureSite
-from ep_runtime.graphs.staging import StaticInputs, Tensors, real_rows
+from ep_runtime.graphs.staging import (
+    StaticInputs,
+    Tensors,
+    checked_outputs,
+    per_token_outputs,
+    real_rows,
+)
 
 Step = Callable[[Tensors, torch.Tensor], Tensors]
 GroupStep = Callable[[list[Tensors], list[torch.Tensor]], list[Tensors]]
 
 D = TypeVar("D", Tensors, list[Tensors])  # tensors of one rank, or of all virtual ranks
 N = TypeVar("N", int, Sequence[int])
-
-
-@dataclass(frozen=True, slots=True)
-class GraphReport:
-    """Facts about one graph.
-
-    sizes: the bucket of each rank of this process. nodes: by kind (host: operations by kind).
-    static_bytes: its inputs and outputs; inputs are shared with the other buckets.
-    """
-
-    sizes: Sizes
-    nodes: Mapping[str, int]
-    launches: int
-    static_bytes: int
-    replays: int
 
 
 class DecodeGraphs(Generic[D, N]):
@@ -99,16 +89,17 @@ class DecodeGraphs(Generic[D, N]):
         self._single = isinstance(buffers, Buffer)
         self._buffers = [buffers] if isinstance(buffers, Buffer) else list(buffers)
         self._step = step
-        limit = self._buffers[0].config.max_tokens
-        sizes = buckets.sizes if isinstance(buckets, Buckets) else tuple(buckets)
-        self.buckets = Buckets(sizes, limit)
+        self.buckets = Buckets.of(buckets, self._buffers[0].config.max_tokens)
         self._inputs = self._allocate(make_inputs)
+        self._loaded: Sizes = (0,) * len(self._buffers)
         self._entries = {sizes: Entry(sizes, self._bind(sizes)) for sizes in self._keys(mixed)}
         self._site: CaptureSite | None = None
         if self._buffers[0].device.type == "cuda":
             self._site = CaptureSite([buffer.device for buffer in self._buffers], pool)
         builder = Builder(self._buffers, self._site)
         builder.build(list(self._entries.values()), warmup)
+        captured = [(entry.sizes, entry.graph.outputs) for entry in self._entries.values()]
+        self._per_token = per_token_outputs(captured)
 
     # ---- replay ---------------------------------------------------------------------------------
 
@@ -116,8 +107,10 @@ class DecodeGraphs(Generic[D, N]):
         """Copy the inputs in, launch the smallest graph that fits, return the outputs.
 
         num_tokens: real tokens, 0 included. inputs: tensors with at least that many rows, or None
-        where the caller has filled `static_inputs` itself. Outputs are cut to the real tokens;
-        they are the graph's own memory and last until the next replay on the same pool. Launches
+        where the caller has filled `static_inputs` itself. Outputs with a row for each token of
+        the bucket, whatever the bucket is, are cut to the real tokens (where there is one bucket,
+        all with as many rows); others come whole. They are the graph's own memory and last until
+        the next replay on the same pool. Launches
         on the current stream; neither synchronises nor allocates device memory. Replay all graphs
         that share a chain on one stream. Raises ShapeError before any launch, and what
         `Buffer.check()` raises; on the host backend also CaptureError where the step no longer
@@ -127,18 +120,30 @@ class DecodeGraphs(Generic[D, N]):
         entry = self._fitting(counts)
         self._load(inputs, counts)
         self._launch(entry)
-        return self._cut(entry.graph.outputs, entry.sizes, counts)
+        return self._cut(entry.graph.outputs, counts)
 
     def load(self, inputs: D | None, num_tokens: N) -> None:
-        """Copy the inputs in and set the device scalars, as `replay` does, without a launch."""
-        self._load(inputs, self._counts(num_tokens))
+        """Copy the inputs in and set the device scalars, as `replay` does, without a launch.
+
+        Raises ShapeError, before any copy, for what fits no bucket.
+        """
+        counts = self._counts(num_tokens)
+        self._fitting(counts)
+        self._load(inputs, counts)
 
     def replay_bucket(self, bucket: int | Sizes) -> D:
         """Launch one graph on what was loaded last; its whole outputs, padding rows included.
 
-        The bucket may be larger than needed, not smaller.
+        Raises CaptureError for a bucket that was not captured, ShapeError for one that is smaller
+        than what was loaded.
         """
         entry = self._entry(bucket)
+        if any(size < count for size, count in zip(entry.sizes, self._loaded, strict=True)):
+            fits = self._told(self._fitting(self._loaded).sizes)
+            raise ShapeError(
+                f"bucket {bucket} is smaller than the {self._told(self._loaded)} tokens that were "
+                f"loaded; replay bucket {fits} or a larger one, or load fewer"
+            )
         self._launch(entry)
         return self._shape(entry.graph.outputs)
 
@@ -147,7 +152,7 @@ class DecodeGraphs(Generic[D, N]):
         counts = self._counts(num_tokens)
         entry = self._fitting(counts)
         self._load(inputs, counts)
-        return self._cut(entry.run(), entry.sizes, counts)
+        return self._cut(entry.run(), counts)
 
     # ---- what was captured ----------------------------------------------------------------------
 
@@ -209,13 +214,13 @@ class DecodeGraphs(Generic[D, N]):
         inputs = [static.views(size) for static, size in zip(self._inputs, sizes, strict=True)]
         counts = [static.num_tokens for static in self._inputs]
         if self._single:
-            return lambda: [self._step(inputs[0], counts[0])]
-        return lambda: list(self._step(inputs, counts))
+            return lambda: checked_outputs([self._step(inputs[0], counts[0])])
+        return lambda: checked_outputs(self._step(inputs, counts), len(self._buffers))
 
     # ---- helpers --------------------------------------------------------------------------------
 
     def _counts(self, num_tokens: int | Sequence[int]) -> Sizes:
-        counts = (num_tokens,) if isinstance(num_tokens, int) else tuple(num_tokens)
+        counts = as_ints(num_tokens)
         if len(counts) != len(self._buffers):
             raise ShapeError(
                 f"num_tokens has {len(counts)} entries; give one for each of the "
@@ -240,6 +245,7 @@ class DecodeGraphs(Generic[D, N]):
         per_rank = self._listed(inputs)
         for static, mine, count in zip(self._inputs, per_rank, counts, strict=True):
             static.load(mine, count)
+        self._loaded = counts
 
     def _launch(self, entry: Entry) -> None:
         for buffer in self._buffers:
@@ -247,8 +253,9 @@ class DecodeGraphs(Generic[D, N]):
         entry.graph.replay()
         entry.replays += 1
 
-    def _cut(self, outputs: list[Tensors], sizes: Sizes, counts: Sizes) -> D:
-        return self._shape([real_rows(*mine) for mine in zip(outputs, sizes, counts, strict=True)])
+    def _cut(self, outputs: list[Tensors], counts: Sizes) -> D:
+        ranks = zip(outputs, self._per_token, counts, strict=True)
+        return self._shape([real_rows(*mine) for mine in ranks])
 
     def _entry(self, bucket: int | Sizes) -> Entry:
         sizes = (bucket,) * len(self._buffers) if isinstance(bucket, int) else tuple(bucket)
@@ -260,13 +267,8 @@ class DecodeGraphs(Generic[D, N]):
         return entry
 
     def _report(self, entry: Entry) -> GraphReport:
-        audit = self.audit(entry.sizes)
         inputs = sum(s.num_bytes(b) for s, b in zip(self._inputs, entry.sizes, strict=True))
-        outputs = entry.graph.outputs
-        results = sum(t.numel() * t.element_size() for rank in outputs for t in rank.values())
-        return GraphReport(
-            entry.sizes, audit.counts, audit.launches, inputs + results, entry.replays
-        )
+        return entry.report(inputs)
 
     def _listed(self, inputs: D | None) -> Sequence[Tensors | None]:
         if inputs is None:
@@ -278,6 +280,10 @@ class DecodeGraphs(Generic[D, N]):
                 f"{len(self._buffers)} ranks of this process"
             )
         return listed
+
+    def _told(self, sizes: Sizes) -> int | Sizes:
+        """As the caller names them."""
+        return sizes[0] if self._single else sizes
 
     def _shape(self, per_rank: list[Tensors]) -> D:
         return cast(D, per_rank[0] if self._single else per_rank)

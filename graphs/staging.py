@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from ep_runtime.errors import ShapeError
+from ep_runtime.errors import CaptureError, ShapeError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -79,9 +79,50 @@ class StaticInputs:
                 )
 
 
-def real_rows(outputs: Tensors, bucket: int, num_tokens: int) -> Tensors:
-    """Outputs cut to the real tokens; a tensor whose first dimension is not the bucket is whole."""
+def checked_outputs(outputs: object, num_ranks: int = 1) -> list[Tensors]:
+    """What a step returned, for every rank. Raises CaptureError where it is anything else."""
+    listed = outputs if isinstance(outputs, list | tuple) else [outputs]
+    if len(listed) != num_ranks or not all(map(_are_tensors, listed)):
+        told = ", ".join(_told(rank) for rank in listed)
+        raise CaptureError(
+            f"the step returned {told}; it must return a dict of tensors by name"
+            + (f" for each of the {num_ranks} ranks, in a list" if num_ranks > 1 else "")
+        )
+    return list(listed)
+
+
+def _are_tensors(rank: object) -> bool:
+    return isinstance(rank, dict) and all(isinstance(t, torch.Tensor) for t in rank.values())
+
+
+def _told(rank: object) -> str:
+    if not isinstance(rank, dict):
+        return f"a {type(rank).__name__}"
+    return "{" + ", ".join(f"{name!r}: {type(t).__name__}" for name, t in rank.items()) + "}"
+
+
+def per_token_outputs(
+    captured: Sequence[tuple[Sequence[int], Sequence[Tensors]]],
+) -> list[frozenset[str]]:
+    """For every rank, the outputs with as many rows as its bucket has tokens, in every graph.
+
+    captured: of each graph the bucket and the outputs of every rank.
+    """
+    num_ranks = len(captured[0][0])
+    per_token = [frozenset[str](outputs) for outputs in captured[0][1]]
+    for buckets, outputs in captured:
+        for rank in range(num_ranks):
+            per_token[rank] &= {
+                name
+                for name, tensor in outputs[rank].items()
+                if tensor.dim() and tensor.shape[0] == buckets[rank]
+            }
+    return per_token
+
+
+def real_rows(outputs: Tensors, per_token: frozenset[str], num_tokens: int) -> Tensors:
+    """Outputs cut to the real tokens: those that have a row for each token."""
     return {
-        name: tensor[:num_tokens] if tensor.dim() and tensor.shape[0] == bucket else tensor
+        name: tensor[:num_tokens] if name in per_token else tensor
         for name, tensor in outputs.items()
     }

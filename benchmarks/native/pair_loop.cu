@@ -323,8 +323,8 @@ bool measure_parts(const Place& place, int num_tokens, bool late) {
             std::vector<int> sizes{1, 8, 32, 64, 128, 256, 512, 1024};
             if (num_tokens > 0) sizes = {num_tokens};
             for (const int t : sizes) {
-                right &= measure(
-                    {name.c_str(), t, 256, Wire::kFp8, format, true, kPdl, what, late}, place);
+                right &= measure({name.c_str(), t, 256, Wire::kFp8, format, true, kPdl, what, late},
+                                 place);
             }
         }
     }
@@ -364,11 +364,10 @@ bool measure_all(const Place& place, bool fused_only, bool late) {
 int main(int argc, char** argv) {
     Options options;
     if (!parse(argc, argv, options)) {
-        std::fprintf(
-            stderr,
-            "usage: %s [--ranks R] [--one-gpu] [--sms N] [--fused] [--parts] [--tokens T] "
-            "[--late], R at most 8\n",
-            argv[0]);
+        std::fprintf(stderr,
+                     "usage: %s [--ranks R] [--one-gpu] [--sms N] [--fused] [--parts] [--tokens T] "
+                     "[--late], R at most 8\n",
+                     argv[0]);
         return 2;
     }
     const int gpus = device_count();
@@ -383,8 +382,7 @@ int main(int argc, char** argv) {
         std::printf("%d ranks on one GPU, %d SMs' worth of CTAs each: no link is measured\n",
                     place.ranks, place.num_sms);
     }
-    const bool right = options.parts
-                           ? measure_parts(place, options.num_tokens, options.late)
-                           : measure_all(place, options.fused_only, options.late);
+    const bool right = options.parts ? measure_parts(place, options.num_tokens, options.late)
+                                     : measure_all(place, options.fused_only, options.late);
     return right ? 0 : 1;
 }

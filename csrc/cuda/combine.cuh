@@ -158,7 +158,8 @@ __device__ __forceinline__ bool gather_sums(const View& view, const CombineInput
             const RowRef ref = load_ref(view, in.routing, view.rank, slot);
             const float weight =
                 kWeights == Weights::kLate ? own_weight(view, in, ref) : ref.weight;
-            own = sum_message<Unit>(in, ref, weight, unit, extent);  // rounded as if it had travelled
+            own =
+                sum_message<Unit>(in, ref, weight, unit, extent);  // rounded as if it had travelled
         }
     }
     Sum<Unit> sum;  // not before: registers would not do

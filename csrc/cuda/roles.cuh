@@ -7,7 +7,7 @@
 
 namespace ep {
 
-// The clerk waits for counts from the start, and copies scales at the end. The router finds out
+// The clerk waits for counts while others push, and copies scales at the end. The router finds out
 // where the CTA's token goes, then where the CTA's message does. The warps before them hold rows.
 inline constexpr int kClerk = kThreads / 32 - 2;
 inline constexpr int kRouter = kThreads / 32 - 1;

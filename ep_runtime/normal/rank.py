@@ -6,7 +6,6 @@ from typing import Protocol, cast
 
 import torch
 
-from ep_runtime import env
 from ep_runtime.errors import EpError, ShapeError
 from ep_runtime.member import CLOSE_TIMEOUT_S, Closed, Member
 from ep_runtime.memory import RankMemory
@@ -71,7 +70,7 @@ class NormalRank(Member):
             self.num_ranks, config.max_experts, config.max_topk, device, self._identity
         )
         self._ops.synchronize()
-        self.set_time_budget(env.read().warmup_timeout_s)
+        self._warm_up()
 
     def _make_ops(self) -> NormalOps:
         native = make_native(
@@ -136,7 +135,7 @@ class NormalRank(Member):
         _C.clear_faults(self._fault)
         self._most_received = 0  # ranks that gave up did not learn what others did
         self._routing_told = 0
-        self.set_time_budget(self._budget_s)
+        self._renew_budget()
         self.world.barrier()
 
     def _reset_wire(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from layer import CONFIG, Layer, empty_inputs, random_step, require_right
@@ -90,6 +91,62 @@ def test_a_larger_bucket_than_needed_gives_the_same(layer: Layer) -> None:
         require_right(real, wanted)
 
 
+def test_a_bucket_smaller_than_what_was_loaded_is_refused(layer: Layer) -> None:
+    graphs = capture(layer)
+    inputs, _ = random_step((1, 3, 0))
+    graphs.load(inputs, (1, 3, 0))
+    runs = layer.runs
+    with pytest.raises(ShapeError, match=r"bucket 2 is smaller than the \(1, 3, 0\) tokens"):
+        graphs.replay_bucket(2)
+    assert layer.runs == runs
+
+
+@pytest.mark.parametrize("counts", [(1, 9, 1), (1, -1, 1)])
+def test_what_fits_no_bucket_is_not_loaded(layer: Layer, counts: tuple[int, ...]) -> None:
+    graphs = capture(layer)
+    inputs = [empty_inputs(9) for _ in counts]
+    with pytest.raises(ShapeError, match="num_tokens is"):
+        graphs.load(inputs, counts)
+    graphs.replay_bucket(2)  # nothing was
+
+
+def test_numbers_of_tokens_may_be_of_any_integer_type(layer: Layer) -> None:
+    graphs = capture(layer)
+    inputs, wanted = random_step((2, 1, 0))
+    require_right(graphs.replay(inputs, np.array([2, 1, 0])), wanted)  # type: ignore[arg-type]
+    for counts in (2.0, "2", torch.tensor([2, 1, 0]), (2, None, 0)):
+        with pytest.raises(ShapeError, match="num_tokens is"):
+            graphs.replay(inputs, counts)  # type: ignore[arg-type]
+
+
+def test_outputs_that_happen_to_have_as_many_rows_come_whole(layer: Layer) -> None:
+    def step(inputs: list[Tensors], counts: list[torch.Tensor]) -> list[Tensors]:
+        local = layer.buffers[0].local_experts
+        return [out | {"loads": torch.ones(len(local))} for out in layer(inputs, counts)]
+
+    graphs = DecodeGraphs(layer.buffers, step, group_inputs, (2, 4, 8))
+    assert len(layer.buffers[0].local_experts) == 2
+    inputs, wanted = random_step((1, 1, 1))
+    for outputs in (graphs.replay(inputs, (1, 1, 1)), graphs.eager(inputs, (1, 1, 1))):
+        require_right(outputs, wanted)
+        assert [rank["loads"].shape[0] for rank in outputs] == [2] * RANKS
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (torch.zeros(2), "returned a Tensor"),
+        ([{}] * (RANKS - 1), "for each of the 3 ranks"),
+        ([{"out": 1.0}] * RANKS, r"returned \{'out': float\}"),
+    ],
+)
+def test_a_step_that_returns_no_dicts_of_tensors_is_refused(
+    layer: Layer, outputs: Any, message: str
+) -> None:
+    with pytest.raises(CaptureError, match=message):
+        DecodeGraphs(layer.buffers, lambda *_: outputs, group_inputs, (2,))
+
+
 def test_buckets_share_their_inputs_and_keep_their_outputs(layer: Layer) -> None:
     graphs = capture(layer)
     assert graphs.static_inputs(2)[0]["x"].data_ptr() == graphs.static_inputs(8)[0]["x"].data_ptr()
@@ -151,6 +208,18 @@ def test_the_time_budget_is_longer_only_while_capturing(layer: Layer) -> None:
     assert layer.buffers[0].time_budget_s == 3.0
 
 
+@pytest.mark.parametrize("chosen", [None, 90.0])
+def test_a_budget_that_was_chosen_stays_and_that_of_the_warm_up_ends(
+    layer: Layer, chosen: float | None
+) -> None:
+    assert layer.buffers[0].time_budget_s == 60.0
+    if chosen is not None:
+        for buffer in layer.buffers:
+            buffer.set_time_budget(chosen)
+    capture(layer)
+    assert [buffer.time_budget_s for buffer in layer.buffers] == [chosen or 10.0] * RANKS
+
+
 def test_a_step_that_changes_its_sequence_is_caught_before_a_peer_notices(layer: Layer) -> None:
     graphs = capture(layer)
     layer.chain = 1
@@ -176,10 +245,11 @@ def test_a_step_that_stops_early_is_caught(layer: Layer) -> None:
         ((2, 9), r"bucket 9 is outside 1\.\.8 \(max_tokens\)"),
         ((), "no buckets"),
         ((4, 2), "ascend"),
+        (8, "buckets is 8; give a sequence"),
     ],
 )
 def test_buckets_that_do_not_fit_are_refused_before_the_step_runs(
-    layer: Layer, buckets: tuple[int, ...], message: str
+    layer: Layer, buckets: Any, message: str
 ) -> None:
     with pytest.raises(ShapeError, match=message):
         DecodeGraphs(layer.buffers, layer, group_inputs, buckets)

@@ -129,14 +129,13 @@ struct Emulated {
     emulator::Launch combine_fused_kernel(CombineInput in, CombineOutput out) const {
         return launch_combine([=, this](uint8_t*) {
             const Turn turn = begin_as<CombineFusedArgs>(Op::kCombine);
-            as(in.wire, in.late_weights,
-               [&]<class Sums>(Sums) {
-                   if (in.late_weights) {
-                       combine_fused_as<Sums, Weights::kLate>(in, out, turn);
-                   } else {
-                       combine_fused_as<Sums, Weights::kKnown>(in, out, turn);
-                   }
-               });
+            as(in.wire, in.late_weights, [&]<class Sums>(Sums) {
+                if (in.late_weights) {
+                    combine_fused_as<Sums, Weights::kLate>(in, out, turn);
+                } else {
+                    combine_fused_as<Sums, Weights::kKnown>(in, out, turn);
+                }
+            });
         });
     }
 };
