@@ -64,9 +64,12 @@ class Driver:
         self._keys: dict[int, str | int] = {}
 
     def open_receive(self, name: str, options: dict[str, Any]) -> tuple[Any, ...] | None:
-        """Receive tensors of that name; returns the strides of their scales."""
+        """Receive tensors of that name, whose routing looks as if it held rows; returns the
+        strides of their scales."""
         self.receives[name] = self.buffer.new_receive(**options)
-        scales = self.receives[name].received.scales
+        received = self.receives[name].received
+        received.handle.routing.fill_(0x2B)
+        scales = received.scales
         return None if scales is None else (tuple(scales.shape), scales.stride())
 
     def open_receive_once(self, name: str) -> None:

@@ -69,13 +69,17 @@ struct OwnTable<Weights::kLate> {
     }
 };
 
-// Which float of a table of so many tokens is an entry's. A peer told us, so it is kept within.
+// Which float of a table of so many tokens is that of the lane's entry; 0 behind the end of the
+// list, where memory is what it was. A peer told us, so it is kept within. Whole warps.
 __device__ __forceinline__ int table_index(const View& view, const RowRef& ref, int tokens) {
+    const unsigned ended = __ballot_sync(kFullWarp, ref.row < 0);
+    const bool listed = (ended & ((2u << (threadIdx.x & 31)) - 1)) == 0;
     const auto floats = static_cast<uint32_t>(tokens * view.topk);
-    return ref.row < 0 ? 0 : static_cast<int>(min(float_to_bits(ref.weight), floats - 1));
+    return listed ? static_cast<int>(min(float_to_bits(ref.weight), floats - 1)) : 0;
 }
 
-// Of this rank's own tokens, where the caller has them: entry k at lane k of a list of rows.
+// Of this rank's own tokens, where the caller has them: entry k at lane k of a list of rows. Whole
+// warps.
 __device__ __forceinline__ float own_weight(const View& view, const CombineInput& in,
                                             const RowRef& ref) {
     const int tokens = min(in.num_tokens, view.max_tokens);

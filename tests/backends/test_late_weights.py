@@ -78,6 +78,28 @@ def test_both_kinds_of_handles_mix_on_a_chain(
             check_combined(group.combine(outputs), config, early, outputs)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_lists_of_rows_end_where_memory_held_others(
+    open_group: OpenGroup, place: Place, rng: torch.Generator, fused: bool
+) -> None:
+    """Few entries of many: most of the weights' table is never sent."""
+    config = random_config(rng, place.num_ranks, 256, 3, max_tokens=40)
+    group = open_or_skip(open_group, config)
+    group.all("open_receive", "late", {})
+    for most in (2, 9, 1):
+        inputs = [random_input(rng, config, most) for _ in range(place.num_ranks)]
+        expected = reference.dispatch(config, inputs)
+        options = replace(LATE, into="late")
+        if fused:
+            check_received(group.dispatch_fused(inputs, options=options), expected)
+        else:
+            check_received(group.dispatch(inputs, options=options), expected)
+        outputs = random_outputs(rng, expected)
+        weights = [one.topk_weights for one in inputs]
+        combine = group.combine_fused if fused else group.combine
+        check_combined(combine(outputs, of="late", weights=weights), config, inputs, outputs)
+
+
 def test_fused_combines_take_late_weights(
     open_group: OpenGroup, place: Place, rng: torch.Generator
 ) -> None:
