@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ep_runtime import __version__, cli_bench, env, logs
+from ep_runtime.bench.options import BACKEND, HELP
 from ep_runtime.errors import ConfigError, EpError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ app.add_typer(cli_bench.app, name="bench")
 
 
 class Backend(str, Enum):
-    """auto: GPUs where there are, else CPU ranks; virtual: many ranks of one process on GPUs."""
+    """Values of --backend."""
 
     auto = "auto"
     host = "host"
@@ -35,7 +36,7 @@ class Backend(str, Enum):
 
 
 class Wire(str, Enum):
-    """How rows travel in dispatch."""
+    """Values of --wire."""
 
     bf16 = "bf16"
     fp8 = "fp8"
@@ -71,30 +72,55 @@ def read_prompts(given: list[str], file: Path | None) -> tuple[str, ...]:
 @app.command()
 def decode(
     prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt; give it again for more.")
+        list[str] | None,
+        typer.Option(help="A prompt; give it again for more.", show_default="prompts of its own"),
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="A text file, one prompt per line; - for standard input.")
+        Path | None,
+        typer.Option(
+            help="A text file, one prompt per line; - for standard input.", show_default="none"
+        ),
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(help="Expert-parallel ranks [default: all GPUs, or 4 CPU ranks]")
+        int | None,
+        typer.Option(
+            help="Ranks; the model's number of experts is a multiple of them.",
+            show_default="torchrun's, else one per GPU, or 4 virtual or CPU ranks",
+        ),
     ] = None,
-    backend: Annotated[Backend, typer.Option(help=str(Backend.__doc__))] = Backend.auto,
+    backend: Annotated[
+        Backend, typer.Option(help=f"{BACKEND}; virtual: many ranks of one process on GPUs.")
+    ] = Backend.auto,
     tokens: Annotated[int, typer.Option(help="Bytes to decode after each prompt.")] = 64,
     batch: Annotated[int, typer.Option(help="Sequences a rank decodes at once.")] = 8,
     microbatches: Annotated[int, typer.Option(help="Parts of a batch that overlap: 1 or 2.")] = 1,
-    wire: Annotated[Wire, typer.Option(help=str(Wire.__doc__))] = Wire.bf16,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest byte.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling, where temperature > 0.")] = 0,
+    wire: Annotated[Wire, typer.Option(help=HELP["dispatch_formats"])] = Wire.bf16,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of the sampling; 0: always the likeliest byte.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling, where temperature > 0.")] = 0,
     check: Annotated[
-        bool, typer.Option("--check", help="Compare every token with the single-rank reference.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Compare every token with the single-rank reference.",
+            show_default="off",
+        ),
     ] = False,
     eager: Annotated[
         bool,
-        typer.Option("--eager", help="Run the steps once more without graphs, for their time."),
+        typer.Option(
+            "--eager",
+            help="Run the steps once more without graphs, for their time.",
+            show_default="off",
+        ),
     ] = False,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Another model [default: the one that ships]")
+        Path | None,
+        typer.Option(
+            help="Checkpoint of another model, a safetensors file.",
+            show_default="the one that ships",
+        ),
     ] = None,
 ) -> None:
     """Generate text with a small MoE language model over expert-parallel ranks."""
@@ -146,7 +172,9 @@ def show_decoded(result: DecodeResult) -> None:
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, not tables.", show_default="off")
+    ] = False,
 ) -> None:
     """What this machine can run, and what to do about the rest."""
     from ep_runtime import doctor as examination
@@ -186,11 +214,12 @@ def info() -> None:
 
 @app.command()
 def tune(
-    ranks: Annotated[int, typer.Option(help="Ranks [default: one per GPU]")] = 0,
-    tokens: Annotated[int, typer.Option(help="Tokens per rank.")] = 4096,
-    hidden: Annotated[int, typer.Option(help="Channels of a row.")] = 7168,
+    ranks: Annotated[int, typer.Option(help=HELP["ranks"])] = 0,
+    tokens: Annotated[int, typer.Option(help=HELP["tokens"])] = 4096,
+    hidden: Annotated[int, typer.Option(help=HELP["hidden"])] = 7168,
     path: Annotated[
-        Path | None, typer.Option(help="File to write [default: EP_TUNED, or in ~/.cache]")
+        Path | None,
+        typer.Option(help="File to write.", show_default="EP_TUNED, or in ~/.cache/ep_runtime"),
     ] = None,
 ) -> None:
     """Measure how many SMs the normal operations need here; buffers built later use it."""

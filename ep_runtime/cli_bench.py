@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from ep_runtime.bench import COMMANDS
+
 app = typer.Typer(help="Benchmarks: correctness first, then time.", no_args_is_help=True)
 
 # Everything after the command's name, --help too, is for the benchmark.
@@ -16,25 +18,21 @@ def pass_on(name: str, context: typer.Context) -> None:
     raise typer.Exit(main([name, *context.args]))
 
 
-@app.command("low-latency", context_settings=PASS_ON)
+@app.command("low-latency", help=COMMANDS["low-latency"], context_settings=PASS_ON)
 def low_latency(context: typer.Context) -> None:
-    """Dispatch and combine at decode sizes, beside every peer that is installed."""
     pass_on("low-latency", context)
 
 
-@app.command("normal", context_settings=PASS_ON)
+@app.command("normal", help=COMMANDS["normal"], context_settings=PASS_ON)
 def normal(context: typer.Context) -> None:
-    """Dispatch and combine at prefill sizes, over the number of SMs, beside its peers."""
     pass_on("normal", context)
 
 
-@app.command("link", context_settings=PASS_ON)
+@app.command("link", help=COMMANDS["link"], context_settings=PASS_ON)
 def link(context: typer.Context) -> None:
-    """What the link between two GPUs carries."""
     pass_on("link", context)
 
 
-@app.command("compare", context_settings=PASS_ON)
+@app.command("compare", help=COMMANDS["compare"], context_settings=PASS_ON)
 def compare(context: typer.Context) -> None:
-    """Two result files side by side."""
     pass_on("compare", context)

@@ -9,9 +9,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ep_runtime.bench.link import LinkOptions
-from ep_runtime.bench.normal_options import NormalOptions
-from ep_runtime.bench.options import LowLatencyOptions
+from ep_runtime.bench import COMMANDS
+from ep_runtime.bench.link import LINK_HELP, LinkOptions
+from ep_runtime.bench.normal_options import NORMAL_HELP, NormalOptions
+from ep_runtime.bench.options import DEFAULTS_IN_WORDS, HELP, LowLatencyOptions
 
 _LISTS = {
     "tokens": int,
@@ -40,27 +41,26 @@ _PLAIN: dict[str, type] = {
     "seed": int,
 }
 _SWITCHES = ("plot", "graph_mixing", "share_gpu")
+_METAVARS: dict[type, str] = {int: "N", float: "X", str: "NAME"}
+
+
+def low_latency_parser() -> argparse.ArgumentParser:
+    """Of `low-latency`. What is not given comes out as None, as of the other parsers."""
+    parser = _parser("low-latency", " Lists: 1,8,32.")
+    _add(parser, LowLatencyOptions(), HELP, _LISTS, _PLAIN, _SWITCHES)
+    no_parts = _told(HELP["no_parts"], False)
+    parser.add_argument(
+        "--no-parts", dest="parts", action="store_false", default=None, help=no_parts
+    )
+    return parser
 
 
 def parse_low_latency(argv: Sequence[str]) -> LowLatencyOptions:
     """Options of `low-latency`; lists are comma-separated. Exits with usage on unknown ones."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ep_runtime.bench low-latency",
-        description="Dispatch and combine at decode sizes: checked, then timed. Lists: 1,8,32.",
-    )
-    defaults = LowLatencyOptions()
-    for name in _LISTS:
-        shown = ",".join(map(str, getattr(defaults, name)))
-        parser.add_argument(_flag(name), help=f"default: {shown}")
-    for name, kind in _PLAIN.items():
-        parser.add_argument(_flag(name), type=kind, help=f"default: {getattr(defaults, name)}")
-    for name in _SWITCHES:
-        parser.add_argument(_flag(name), action="store_true", default=None)
-    parser.add_argument("--no-parts", dest="parts", action="store_false", default=None)
-    parser.add_argument("--out", help=f"folder, or - for none; default: {defaults.out}")
-    given = {name: v for name, v in vars(parser.parse_args(argv)).items() if v is not None}
+    parser = low_latency_parser()
+    given = _given(parser, argv)
     _split_lists(parser, given, _LISTS)
-    return LowLatencyOptions(**_with_out(given), command=command_line("low-latency", argv))
+    return LowLatencyOptions(**given, command=command_line("low-latency", argv))
 
 
 _NORMAL_LISTS = {"tokens": int, "formats": str, "sms": int, "timings": str, "peers": str}
@@ -81,24 +81,20 @@ _NORMAL_PLAIN: dict[str, type] = {
 _NORMAL_SWITCHES = ("plot", "share_gpu")
 
 
+def normal_parser() -> argparse.ArgumentParser:
+    """Of `normal`."""
+    parser = _parser("normal", " Lists: 8,24,0.")
+    options = NormalOptions()
+    _add(parser, options, NORMAL_HELP, _NORMAL_LISTS, _NORMAL_PLAIN, _NORMAL_SWITCHES)
+    return parser
+
+
 def parse_normal(argv: Sequence[str]) -> NormalOptions:
     """Options of `normal`; lists are comma-separated. Exits with usage on unknown ones."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ep_runtime.bench normal",
-        description="Dispatch and combine at prefill sizes: checked, then timed. Lists: 8,24,0.",
-    )
-    defaults = NormalOptions()
-    for name in _NORMAL_LISTS:
-        shown = ",".join(map(str, getattr(defaults, name)))
-        parser.add_argument(_flag(name), help=f"default: {shown}")
-    for name, kind in _NORMAL_PLAIN.items():
-        parser.add_argument(_flag(name), type=kind, help=f"default: {getattr(defaults, name)}")
-    for name in _NORMAL_SWITCHES:
-        parser.add_argument(_flag(name), action="store_true", default=None)
-    parser.add_argument("--out", help=f"folder, or - for none; default: {defaults.out}")
-    given = {name: v for name, v in vars(parser.parse_args(argv)).items() if v is not None}
+    parser = normal_parser()
+    given = _given(parser, argv)
     _split_lists(parser, given, _NORMAL_LISTS)
-    return NormalOptions(**_with_out(given), command=command_line("normal", argv))
+    return NormalOptions(**given, command=command_line("normal", argv))
 
 
 def _split_lists(
@@ -115,15 +111,16 @@ def _split_lists(
             given[name] = values
 
 
+def link_parser() -> argparse.ArgumentParser:
+    """Of `link`."""
+    parser = _parser("link")
+    _add(parser, LinkOptions(), LINK_HELP, {}, {"num_bytes": int, "repeats": int, "commit": str})
+    return parser
+
+
 def parse_link(argv: Sequence[str]) -> LinkOptions:
     """Options of `link`."""
-    parser = argparse.ArgumentParser(prog="python -m ep_runtime.bench link")
-    defaults = LinkOptions()
-    for name, kind in (("num_bytes", int), ("repeats", int), ("commit", str)):
-        parser.add_argument(_flag(name), type=kind, help=f"default: {getattr(defaults, name)}")
-    parser.add_argument("--out", help=f"folder, or - for none; default: {defaults.out}")
-    given = {name: v for name, v in vars(parser.parse_args(argv)).items() if v is not None}
-    return LinkOptions(**_with_out(given))
+    return LinkOptions(**_given(link_parser(), argv))
 
 
 def command_line(name: str, argv: Sequence[str]) -> str:
@@ -131,7 +128,48 @@ def command_line(name: str, argv: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "ep_runtime.bench", name, *argv])
 
 
-def _with_out(given: dict[str, Any]) -> dict[str, Any]:
+def _parser(name: str, more: str = "") -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m ep_runtime.bench {name}",
+        description=COMMANDS[name] + more,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28),
+    )
+
+
+def _add(
+    parser: argparse.ArgumentParser,
+    defaults: LowLatencyOptions | NormalOptions | LinkOptions,
+    meanings: Mapping[str, str],
+    lists: Mapping[str, type],
+    plain: Mapping[str, type],
+    switches: Sequence[str] = (),
+) -> None:
+    """A flag for every name, and --out."""
+
+    def told(name: str) -> str:
+        return _told(meanings[name], getattr(defaults, name), DEFAULTS_IN_WORDS.get(name))
+
+    for name, kind in lists.items():
+        kinds = f"{_METAVARS[kind]},.."
+        parser.add_argument(_flag(name), metavar=kinds, help=told(name))
+    for name, kind in plain.items():
+        parser.add_argument(_flag(name), type=kind, metavar=_METAVARS[kind], help=told(name))
+    for name in switches:
+        parser.add_argument(_flag(name), action="store_true", default=None, help=told(name))
+    parser.add_argument("--out", metavar="FOLDER", help=told("out"))
+
+
+def _told(meaning: str, default: object, in_words: str | None = None) -> str:
+    """A meaning and its default, as typer shows the other commands' (words in parentheses)."""
+    if in_words is not None or isinstance(default, bool):
+        return f"{meaning} [default: ({in_words or 'off'})]"
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return f"{meaning} [default: {shown}]"
+
+
+def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """What the command line says, by name of the option."""
+    given = {name: v for name, v in vars(parser.parse_args(argv)).items() if v is not None}
     if "out" in given:
         given["out"] = None if given["out"] == "-" else Path(given["out"])
     return given

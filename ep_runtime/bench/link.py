@@ -13,15 +13,20 @@ from rich.table import Table
 
 from ep_runtime.bench.clock import timing_event
 from ep_runtime.bench.machine import git_commit, slug
+from ep_runtime.bench.options import HELP
 from ep_runtime.errors import BuildError, ConfigError
 
 COPY_BYTES = 256 << 20
 REPEATS = 10
+LINK_HELP = HELP | {
+    "num_bytes": "Bytes of one copy.",
+    "repeats": "How often a copy between two GPUs is timed.",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkOptions:
-    """num_bytes: of one copy. out: folder of the JSON, or None. commit: None asks git."""
+    """LINK_HELP says what they mean; out None: nothing is written, commit None: asked of git."""
 
     num_bytes: int = COPY_BYTES
     repeats: int = REPEATS

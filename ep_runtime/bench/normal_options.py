@@ -6,26 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ep_runtime.bench.options import Backend, LowLatencyOptions, Skew
+from ep_runtime.bench.options import HELP, WHICH_PEERS, Backend, LowLatencyOptions, Skew
 from ep_runtime.errors import ConfigError
 
 FORMATS = ("bf16", "fp8")
 TIMINGS = ("graph", "eager")
 NORMAL_PEERS = ("nccl-ag-rs", "deep_ep")
+NORMAL_HELP = HELP | {
+    "formats": f"{HELP['dispatch_formats']} Combine is BF16.",
+    "sms": "Most SMs that an operation of ours may use; 0: all that a rank can have.",
+    "timings": "graph: worst-case mode, replayed; eager: exact mode, called from Python.",
+    "peers": f"{WHICH_PEERS} {', '.join(NORMAL_PEERS)}.",
+    "num_experts": HELP["experts"],
+    "repeats": "Operations in one graph (or in one eager run).",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormalOptions:
-    """Sizes, variants and effort of `ep-runtime bench normal`.
+    """Sizes, variants and effort of `ep-runtime bench normal`: NORMAL_HELP says what they mean.
 
-    tokens     tokens per rank T
-    formats    of dispatched rows; combine is BF16
-    sms        most SMs that an operation of ours may use; 0: all that a rank can have
-    timings    graph: worst-case mode, replayed; eager: exact mode, called from Python
-    repeats    operations in one graph (or in one eager run)
-    replays    how often a graph (or an eager run) is timed
-    peers      "auto" (all), "none", or names from NORMAL_PEERS
-    others     as of LowLatencyOptions
+    None is as in LowLatencyOptions.
     """
 
     tokens: tuple[int, ...] = (4096,)

@@ -25,31 +25,57 @@ PEERS = (
 )
 SMALLEST_MAX_TOKENS = 128  # a decode server sizes its buffers once, so small T run in the same one
 
+WHICH_PEERS = "auto (all), none, or of"
+BACKEND = "auto: GPUs where there are, else CPU ranks; cuda: GPUs; host: CPU ranks"
+# What every option means, for `--help`. The other benchmarks, and commands, take theirs from here.
+HELP = {
+    "tokens": "Tokens per rank, T.",
+    "hidden": "Channels of a row, H; a multiple of 128.",
+    "topk": "Experts that a token chooses, K.",
+    "experts": "Experts of all ranks together, E; a multiple of the number of ranks.",
+    "ranks": "Ranks; 0: torchrun's, else one per GPU, two with one GPU or none.",
+    "share_gpu": "Put all ranks (two, if --ranks is 0) on the first of the GPUs.",
+    "dispatch_formats": f"How rows travel in dispatch: {', '.join(DISPATCH_FORMATS)}.",
+    "combine_formats": f"How our sums travel in combine: {', '.join(COMBINE_FORMATS)};"
+    " peers' always as bf16.",
+    "recv_formats": "Rows that our dispatch delivers: batched or contiguous (sorted by expert),"
+    " compact (one per message).",
+    "modes": "fused: one kernel an operation; split: send, then receive; hook: split, with compute"
+    " in between.",
+    "skew": f"Which experts tokens choose: {', '.join(get_args(Skew))}.",
+    "pairs": "Pairs, dispatch -> combine, in one graph.",
+    "replays": "How often a graph (or an eager run) is timed.",
+    "input_sets": "Input sets that the pairs of a graph rotate through.",
+    "peers": f"{WHICH_PEERS} {', '.join(PEERS)}.",
+    "no_parts": "Time pairs alone: neither dispatch and combine nor send and receive apart.",
+    "backend": f"{BACKEND}.",
+    "num_sms": "SMs that our kernels may use; 0: EP_NUM_SMS, or all.",
+    "max_tokens": "Most tokens per rank that a buffer takes, M.",
+    "compute_us": "Compute between send and receive in mode hook, us.",
+    "link_gbs": "What the link carries one way, GB/s.",
+    "graph_mixing": "Leave NCCL_GRAPH_MIXING_SUPPORT at NCCL's default of 1.",
+    "out": "Folder of the results, or - for none.",
+    "label": "Added to the names of the files, to keep runs apart.",
+    "plot": "Draw the times too, beside the JSON.",
+    "commit": "Commit that the records name.",
+    "seed": "Seed of the inputs.",
+}
+# Defaults that are no value to type.
+DEFAULTS_IN_WORDS = {
+    "max_tokens": f"the largest T, at least {SMALLEST_MAX_TOKENS}",
+    "link_gbs": "measured on this machine",
+    "label": "none",
+    "commit": "asked of git",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowLatencyOptions:
-    """Sizes, variants and effort of `ep-runtime bench low-latency`.
+    """Sizes, variants and effort of `ep-runtime bench low-latency`: HELP says what they mean.
 
-    tokens            tokens per rank T, one run of cases each
-    ranks             0: every visible GPU (cuda; two ranks where there is one), or two processes
-                      (host). More ranks than GPUs share them, see `ep_runtime.bench.sharing`
-    share_gpu         put all ranks on the first GPU, also where there are more
-    modes             fused: one kernel an operation; split: send and receive launched one after
-                      the other; hook: split with `compute_us` of other work in between, of which
-                      the time that remains exposed is reported
-    combine_formats   what our combines' sums travel as; peers' always as bf16
-    skew              which experts tokens choose, see `ep_runtime.bench.routing`
-    pairs, replays    dispatch -> combine pairs in one graph, and how often it is timed
-    input_sets        inputs that the pairs of a graph rotate through
-    peers             "auto" (all), "none", or names from PEERS
-    parts             also time dispatch and combine, and their send and receive, apart
-    max_tokens        M; None: the largest T, and at least 128
-    num_sms           SMs that our kernels may use; 0: all
-    link_gbs          GB/s one way that `floor_us` divides by; None: measured on this machine
-    graph_mixing      leave NCCL_GRAPH_MIXING_SUPPORT at its default of 1
-    out               folder of the JSON (and plot); None: nothing is written
-    label             added to their names, to keep runs of different sizes apart
-    commit            None: asked of git, "unknown" outside a checkout
+    None is the default that DEFAULTS_IN_WORDS says, for `out` that nothing is written; `parts` is
+    False for --no-parts. More ranks than GPUs share them, see `ep_runtime.bench.sharing`; skews are
+    in `ep_runtime.bench.routing`. Mode hook reports the time that remains exposed.
     """
 
     tokens: tuple[int, ...] = (1, 8, 32, 64, 128)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from ep_runtime import cli, decoding, env
 from ep_runtime.bench import low_latency
+from ep_runtime.bench.arguments import link_parser, low_latency_parser, normal_parser
 from ep_runtime.bench.options import LowLatencyOptions
 from ep_runtime.decoding import DecodeResult, Plan
 from ep_runtime.doctor import Finding
@@ -37,6 +39,25 @@ def test_help_loads_neither_torch_nor_the_native_module() -> None:
         "print([m for m in ('torch', 'ep_runtime._C') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def helps(command: Any) -> dict[str, str]:
+    """Help text by flag, of a command and those below it."""
+    found = {f"{command.name} {param.opts[0]}": param.help or "" for param in command.params}
+    for below in getattr(command, "commands", {}).values():
+        found |= helps(below)
+    return found
+
+
+def test_every_option_of_every_command_says_what_it_means() -> None:
+    told = helps(get_command(cli.app))
+    for parser in (low_latency_parser(), normal_parser(), link_parser()):
+        for action in parser._actions:
+            told[f"{parser.prog} {action.option_strings[-1]}"] = action.help or ""
+    assert {"decode --wire", "python -m ep_runtime.bench normal --sms"} <= told.keys()
+    # What a benchmark's option means stands before its default, which alone is no help.
+    silent = [name for name, text in told.items() if not text.partition("default:")[0].strip(" [")]
+    assert silent == []
 
 
 def test_an_error_of_ours_is_one_line_and_status_1() -> None:
