@@ -158,10 +158,10 @@ class Rank(Masks, Member):
         offset = layout.stats_offset + chain * layout.stats_stride
         return self._memory.local + offset, layout.stats_bytes
 
-    def heap_region(self) -> tuple[int, int]:
-        """(address, bytes) of this rank's symmetric heap, which peers write."""
-        sizes = layout_of(self.config, self.num_ranks).sizes
-        return self._memory.heaps[self.rank], sizes.heap
+    def heap_regions(self) -> list[tuple[int, int]]:
+        """(address, bytes) of every rank's heap as this rank sees it: peers write them."""
+        num_bytes = layout_of(self.config, self.num_ranks).sizes.heap
+        return [(address, num_bytes) for address in self._memory.heaps]
 
     def epochs(self, chain: int = 0) -> tuple[int, int]:
         """(dispatched, combined) of the chain's device words. Synchronises; for diagnosis.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,11 +45,11 @@ class Buckets:
             previous = size
 
     @classmethod
-    def of(cls, given: Buckets | Sequence[int], max_tokens: int) -> Buckets:
+    def of(cls, given: Buckets | Iterable[int], max_tokens: int) -> Buckets:
         """Sizes or buckets, within the group's own limit."""
         if isinstance(given, Buckets):
             return cls(given.sizes, max_tokens)
-        if not isinstance(given, Sequence) or isinstance(given, str):
+        if not isinstance(given, Iterable) or isinstance(given, str):
             raise ShapeError(
                 f"buckets is {given!r}; give a sequence of batch sizes, such as (1, 8, 32), or "
                 "Buckets.powers_of_two(32)"
@@ -87,19 +88,21 @@ class Buckets:
         return len(self.sizes)
 
 
-def as_ints(num_tokens: object) -> tuple[int, ...]:
-    """Numbers of tokens as a caller gives them: an int, or one for each rank.
+def as_ints(given: object, what: str = "num_tokens") -> tuple[int, ...]:
+    """Numbers as a caller gives them: an int, or one for each rank.
 
     Raises ShapeError for anything else. Tensors as well: a graph is picked by a number that the
     host has, and to fetch one would synchronise.
     """
     try:
-        if isinstance(num_tokens, torch.Tensor):
-            raise TypeError
-        if isinstance(num_tokens, Iterable):
-            return tuple(operator.index(count) for count in num_tokens)
-        return (operator.index(num_tokens),)  # type: ignore[arg-type]
+        alone = not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
+        return tuple(map(_as_int, [given] if alone else given))  # type: ignore[call-overload]
     except TypeError:
-        raise ShapeError(
-            f"num_tokens is {num_tokens!r}; give an int, or one for each virtual rank"
-        ) from None
+        told = f"{what} is {given!r}; give an int, or one for each virtual rank"
+        raise ShapeError(told) from None
+
+
+def _as_int(number: Any) -> int:
+    if isinstance(number, torch.Tensor):
+        raise TypeError
+    return operator.index(number)

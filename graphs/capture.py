@@ -12,8 +12,8 @@ import torch
 from ep_runtime.buffer import Buffer
 from ep_runtime.graphs import driver
 from ep_runtime.graphs import nodes as gn
-from ep_runtime.graphs.audit import Audit, Region, audit_graph
-from ep_runtime.graphs.record import Operation, recording, reset_regions
+from ep_runtime.graphs.audit import Audit, audit_graph
+from ep_runtime.graphs.record import Operation, recording, reset_regions, shared_regions
 from ep_runtime.graphs.staging import Tensors
 
 
@@ -129,6 +129,6 @@ class CudaGraph:
         return audit_graph(
             driver.read_graph(handle),
             resets=resets,
-            shared=[Region(*b.heap_region(), b.device.index or 0, "the heap") for b in buffers],
+            shared=shared_regions(buffers),
             operations=[str(operation) for operation in operations],
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar, cast, overload
 
 import torch
@@ -56,7 +56,7 @@ class DecodeGraphs(Generic[D, N]):
         buffers: Buffer,
         step: Step,
         make_inputs: Callable[[int], Tensors],
-        buckets: Buckets | Sequence[int],
+        buckets: Buckets | Iterable[int],
         *,
         warmup: int = 2,
         pool: Any = None,
@@ -68,7 +68,7 @@ class DecodeGraphs(Generic[D, N]):
         buffers: Sequence[Buffer],
         step: GroupStep,
         make_inputs: Callable[[int], list[Tensors]],
-        buckets: Buckets | Sequence[int],
+        buckets: Buckets | Iterable[int],
         *,
         warmup: int = 2,
         pool: Any = None,
@@ -80,7 +80,7 @@ class DecodeGraphs(Generic[D, N]):
         buffers: Buffer | Sequence[Buffer],
         step: Any,
         make_inputs: Any,
-        buckets: Buckets | Sequence[int],
+        buckets: Buckets | Iterable[int],
         *,
         warmup: int = 2,
         pool: Any = None,
@@ -244,6 +244,8 @@ class DecodeGraphs(Generic[D, N]):
     def _load(self, inputs: D | None, counts: Sizes) -> None:
         per_rank = self._listed(inputs)
         for static, mine, count in zip(self._inputs, per_rank, counts, strict=True):
+            static.check(mine, count)
+        for static, mine, count in zip(self._inputs, per_rank, counts, strict=True):
             static.load(mine, count)
         self._loaded = counts
 
@@ -258,7 +260,9 @@ class DecodeGraphs(Generic[D, N]):
         return self._shape([real_rows(*mine) for mine in ranks])
 
     def _entry(self, bucket: int | Sizes) -> Entry:
-        sizes = (bucket,) * len(self._buffers) if isinstance(bucket, int) else tuple(bucket)
+        sizes = as_ints(bucket, "bucket")
+        if not isinstance(bucket, Iterable):
+            sizes *= len(self._buffers)
         entry = self._entries.get(sizes)
         if entry is None:
             raise CaptureError(

@@ -69,6 +69,15 @@ def reset_regions(buffers: Sequence[Buffer], operations: Sequence[Operation]) ->
     ]
 
 
+def shared_regions(buffers: Sequence[Buffer]) -> list[Region]:
+    """Memory of these ranks that peers write, and of the peers that these ranks do."""
+    return [
+        Region(*region, device=buffer.device.index or 0, label=f"the heap of rank {rank}")
+        for buffer in buffers
+        for rank, region in enumerate(buffer.heap_regions())
+    ]
+
+
 class HostGraph:
     """A step recorded on the host backend: replayed by running it, held to what was recorded.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -44,10 +45,9 @@ class StaticInputs:
         """Copy the first `num_tokens` rows in and set the scalar; nothing synchronises.
 
         `None` leaves the tensors as the caller has filled them. Copies from pageable host memory
-        are staged by CUDA and wait for it; pin such inputs. Raises ShapeError before any copy.
+        are staged by CUDA and wait for it; pin such inputs. check() comes first.
         """
         if inputs is not None:
-            self._check(inputs, num_tokens)
             for name, tensor in inputs.items():
                 target = self._storage[name]
                 if target.dim() == 0:
@@ -59,7 +59,10 @@ class StaticInputs:
     def num_bytes(self, bucket: int) -> int:
         return sum(t.numel() * t.element_size() for t in self.views(bucket).values())
 
-    def _check(self, inputs: Mapping[str, torch.Tensor], num_tokens: int) -> None:
+    def check(self, inputs: Mapping[str, torch.Tensor] | None, num_tokens: int) -> None:
+        """Raise ShapeError unless load() can copy these."""
+        if inputs is None:
+            return
         if inputs.keys() != self._storage.keys():
             raise ShapeError(
                 f"inputs {sorted(inputs)} were given, the step was captured with "
@@ -79,24 +82,25 @@ class StaticInputs:
                 )
 
 
-def checked_outputs(outputs: object, num_ranks: int = 1) -> list[Tensors]:
+def checked_outputs(outputs: Any, num_ranks: int = 1) -> list[Tensors]:
     """What a step returned, for every rank. Raises CaptureError where it is anything else."""
-    listed = outputs if isinstance(outputs, list | tuple) else [outputs]
+    whole = isinstance(outputs, Mapping | torch.Tensor) or not isinstance(outputs, Iterable)
+    listed: list[Any] = [outputs] if whole else list(outputs)
     if len(listed) != num_ranks or not all(map(_are_tensors, listed)):
         told = ", ".join(_told(rank) for rank in listed)
         raise CaptureError(
             f"the step returned {told}; it must return a dict of tensors by name"
             + (f" for each of the {num_ranks} ranks, in a list" if num_ranks > 1 else "")
         )
-    return list(listed)
+    return [dict(rank) for rank in listed]
 
 
 def _are_tensors(rank: object) -> bool:
-    return isinstance(rank, dict) and all(isinstance(t, torch.Tensor) for t in rank.values())
+    return isinstance(rank, Mapping) and all(isinstance(t, torch.Tensor) for t in rank.values())
 
 
 def _told(rank: object) -> str:
-    if not isinstance(rank, dict):
+    if not isinstance(rank, Mapping):
         return f"a {type(rank).__name__}"
     return "{" + ", ".join(f"{name!r}: {type(t).__name__}" for name, t in rank.items()) + "}"
 
@@ -104,20 +108,21 @@ def _told(rank: object) -> str:
 def per_token_outputs(
     captured: Sequence[tuple[Sequence[int], Sequence[Tensors]]],
 ) -> list[frozenset[str]]:
-    """For every rank, the outputs with as many rows as its bucket has tokens, in every graph.
+    """For every rank, the outputs with as many rows as the bucket has tokens, in every graph that
+    has them.
 
     captured: of each graph the bucket and the outputs of every rank.
     """
-    num_ranks = len(captured[0][0])
-    per_token = [frozenset[str](outputs) for outputs in captured[0][1]]
-    for buckets, outputs in captured:
-        for rank in range(num_ranks):
-            per_token[rank] &= {
-                name
-                for name, tensor in outputs[rank].items()
-                if tensor.dim() and tensor.shape[0] == buckets[rank]
-            }
-    return per_token
+
+    def names(rank: int) -> frozenset[str]:
+        found, others = set[str](), set[str]()
+        for buckets, outputs in captured:
+            for name, tensor in outputs[rank].items():
+                by_token = tensor.dim() > 0 and tensor.shape[0] == buckets[rank]
+                (found if by_token else others).add(name)
+        return frozenset(found - others)
+
+    return [names(rank) for rank in range(len(captured[0][0]))]
 
 
 def real_rows(outputs: Tensors, per_token: frozenset[str], num_tokens: int) -> Tensors:

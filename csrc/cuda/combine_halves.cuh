@@ -89,7 +89,8 @@ __device__ __forceinline__ FirstItem first_of_both(const View& view, const Combi
                                                    int send_ctas) {
     FirstItem first{};
     const int index = static_cast<int>(blockIdx.x) - 1;
-    if (index < 0 || index >= send_ctas) return first;
+    // A rank alone sends to nobody.
+    if (index < 0 || index >= send_ctas || view.num_ranks == 1) return first;
     const Share share = Share::of(index, send_ctas);
     first.load<OwnRows::kDirect>(view, in, share.units<Sums::kParts>());
     return first;

@@ -100,8 +100,8 @@ __device__ __forceinline__ void prepare_recv(const View& view, RecvScratch scrat
     }
 }
 
-// The CTA meets: has every warp found what it waited for? A word and not __syncthreads_or, for
-// racecheck's sake as well. Another barrier must lie before the next call.
+// The CTA meets: has every warp found what it waited for? Another barrier must lie before the next
+// call. (Whether racecheck follows __syncthreads_or here as well was not tried.)
 __device__ __forceinline__ bool all_found(bool found, RecvScratch scratch) {
     if (!found) scratch.landings->gave_up = 1;
     __syncthreads();

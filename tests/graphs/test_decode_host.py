@@ -11,8 +11,10 @@ import torch
 from layer import CONFIG, Layer, empty_inputs, random_step, require_right
 from steps import Tensors
 
-from ep_runtime import Buffer, CaptureError, ShapeError, virtual_ranks
+from ep_runtime import Buffer, CaptureError, ShapeError, env, virtual_ranks
 from ep_runtime.graphs import Buckets, DecodeGraphs
+from ep_runtime.graphs.record import shared_regions
+from ep_runtime.layout import layout_of
 
 RANKS = 3
 
@@ -104,19 +106,53 @@ def test_a_bucket_smaller_than_what_was_loaded_is_refused(layer: Layer) -> None:
 @pytest.mark.parametrize("counts", [(1, 9, 1), (1, -1, 1)])
 def test_what_fits_no_bucket_is_not_loaded(layer: Layer, counts: tuple[int, ...]) -> None:
     graphs = capture(layer)
-    inputs = [empty_inputs(9) for _ in counts]
     with pytest.raises(ShapeError, match="num_tokens is"):
-        graphs.load(inputs, counts)
-    graphs.replay_bucket(2)  # nothing was
+        graphs.load([empty_inputs(9) for _ in counts], counts)
+    with pytest.raises(ShapeError, match="num_tokens is"):
+        graphs.replay(None, counts)
 
 
 def test_numbers_of_tokens_may_be_of_any_integer_type(layer: Layer) -> None:
     graphs = capture(layer)
     inputs, wanted = random_step((2, 1, 0))
     require_right(graphs.replay(inputs, np.array([2, 1, 0])), wanted)  # type: ignore[arg-type]
-    for counts in (2.0, "2", torch.tensor([2, 1, 0]), (2, None, 0)):
+    for counts in (2.0, "2", torch.tensor([2, 1, 0]), [torch.tensor(1)] * RANKS, (2, None, 0)):
         with pytest.raises(ShapeError, match="num_tokens is"):
             graphs.replay(inputs, counts)  # type: ignore[arg-type]
+    assert graphs.audit(np.int64(4)).launches == graphs.audit(4).launches  # type: ignore[arg-type]
+
+
+def test_a_load_that_is_refused_for_one_rank_changes_nothing(layer: Layer) -> None:
+    graphs = capture(layer)
+    inputs, wanted = random_step((1, 2, 0))
+    graphs.load(inputs, (1, 2, 0))
+    others, _ = random_step((5, 5, 5))
+    with pytest.raises(ShapeError, match="at least num_tokens rows"):
+        graphs.load([*others[:2], empty_inputs(4)], (5, 5, 5))
+    pairs = zip(graphs.replay_bucket(2), wanted, strict=True)
+    require_right([{"out": rank["out"][: w.shape[0]]} for rank, w in pairs], wanted)
+
+
+def test_outputs_that_only_some_buckets_have_are_cut(layer: Layer) -> None:
+    def step(inputs: list[Tensors], counts: list[torch.Tensor]) -> list[Tensors]:
+        rows = inputs[0]["x"].shape[0]
+        more = {"aux": torch.ones(rows)} if rows > 2 else {}
+        return [out | more for out in layer(inputs, counts)]
+
+    graphs = DecodeGraphs(layer.buffers, step, group_inputs, (size for size in (2, 4, 8)))
+    inputs, _ = random_step((3, 1, 0))
+    assert [r["aux"].shape[0] for r in graphs.replay(inputs, (3, 1, 0))] == [3, 1, 0]
+
+
+def test_the_memory_that_peers_write_is_known(buffers: list[Buffer]) -> None:
+    """What an audit is told: every rank's heap, without the statistics that a reset zeroes."""
+    regions = shared_regions(buffers)
+    assert len(regions) == RANKS * RANKS
+    for buffer in buffers:
+        own = regions[buffer.rank * RANKS + buffer.rank]
+        assert own.label == f"the heap of rank {buffer.rank}"
+        assert own.num_bytes == layout_of(buffer.config, RANKS).sizes.heap
+        assert not any(r.touches(*buffer.stats_region(0)) for r in regions)
 
 
 def test_outputs_that_happen_to_have_as_many_rows_come_whole(layer: Layer) -> None:
@@ -210,9 +246,10 @@ def test_the_time_budget_is_longer_only_while_capturing(layer: Layer) -> None:
 
 @pytest.mark.parametrize("chosen", [None, 90.0])
 def test_a_budget_that_was_chosen_stays_and_that_of_the_warm_up_ends(
-    layer: Layer, chosen: float | None
+    layer: Layer, chosen: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert layer.buffers[0].time_budget_s == 60.0
+    monkeypatch.delenv("EP_TIMEOUT_S", raising=False)
+    assert layer.buffers[0].time_budget_s == env.read().warmup_timeout_s
     if chosen is not None:
         for buffer in layer.buffers:
             buffer.set_time_budget(chosen)

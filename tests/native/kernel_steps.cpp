@@ -96,7 +96,7 @@ struct Test {
     std::unique_ptr<Use> dispatch(int chain, bool fused) {
         const auto num_ranks = static_cast<size_t>(shape.num_ranks);
         auto use = std::make_unique<Use>();
-        use->late = fused && format != Format::kCompact && chance(2);
+        use->late = format != Format::kCompact && chance(2);
         use->mine.assign(num_ranks, Output(shape));
         use->right.assign(num_ranks, Output(shape));
         for (size_t r = 0; r < num_ranks; ++r) use->inputs.push_back(draw(shape, random));
@@ -136,7 +136,6 @@ struct Test {
     void combine(int chain, bool fused, Use& use) {
         const auto num_ranks = static_cast<size_t>(shape.num_ranks);
         const Wire wire = shape.combine == Wire::kBf16 && chance(2) ? Wire::kFp8 : shape.combine;
-        fused |= use.late;  // split, the sends of one thread would wait for each other
         std::normal_distribution<float> normal;
         std::vector<std::vector<uint16_t>> y(num_ranks), mine(num_ranks), right(num_ranks);
         std::vector<Input> tables(use.inputs);  // with other weights every time

@@ -29,6 +29,17 @@ def compiler() -> str:
     return found
 
 
+def require_sanitizer(flags: str, directory: Path) -> None:
+    """Skip where the compiler lacks the sanitizer's run-time library."""
+    source = directory / "nothing.cpp"
+    source.write_text("int main() { return 0; }\n")
+    command = [compiler(), f"-fsanitize={flags}", str(source), "-o", str(directory / "nothing")]
+    if subprocess.run(command, capture_output=True, timeout=60).returncode != 0:
+        pytest.skip(
+            f"{compiler()} cannot link -fsanitize={flags}; install libtsan, libasan, libubsan"
+        )
+
+
 def host_sources(*names: str) -> list[Path]:
     return [CSRC / "host" / f"{name}.cpp" for name in names]
 

@@ -6,12 +6,20 @@ inputs and wants the same bytes. What it cannot see is memory order: that is for
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 from pathlib import Path
 
 import pytest
-from native_build import EMULATED, HERE, HOST_STEPS, build, host_sources
+from native_build import (
+    EMULATED,
+    HERE,
+    HOST_STEPS,
+    build,
+    host_sources,
+    require_sanitizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +53,24 @@ def test_many_ctas_that_wait_quietly(program: Path) -> None:
     compare(program, 0, 1, 2, 128, 2, ctas=50)
 
 
+@pytest.mark.slow
+def test_nothing_is_read_beyond_its_memory(tmp_path: Path) -> None:
+    """Every rank's memory ends where the sanitizer looks; a GPU may have something else there."""
+    require_sanitizer("address", tmp_path)
+    sources = [HERE / "kernel_steps.cpp", *host_sources(*HOST_STEPS, "row_math")]
+    program = build(tmp_path / "kernel_steps", sources, *EMULATED, "-fsanitize=address")
+    for num_ranks, hidden, topk in ((1, 128, 4), (2, 256, 4), (3, 384, 9)):
+        recv_format, wire = random.randrange(3), random.randrange(3)
+        compare(program, recv_format, wire, num_ranks, hidden, topk, ctas=3)
+
+
 def compare(program: Path, *sizes: int, ctas: int) -> None:
     seed = random.randrange(1 << 31)
     arguments = [str(n) for n in (*sizes, ctas, seed)]
-    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=100)
+    # The sanitizer's own stacks would not be those of the fibres.
+    env = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    done = subprocess.run(
+        [str(program), *arguments], capture_output=True, text=True, timeout=100, env=env
+    )
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     assert done.stdout == "the kernels' steps and the host backend agree\n"

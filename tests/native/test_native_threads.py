@@ -9,23 +9,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native_build import HERE, HOST_STEPS, build, compiler, host_sources
+from native_build import HERE, HOST_STEPS, build, host_sources, require_sanitizer
 
 SANITIZERS = {"thread": "thread", "address": "address,undefined"}
 STEPS = 300
 
 pytestmark = pytest.mark.slow
-
-
-def require_sanitizer(flags: str, directory: Path) -> None:
-    """Skip where the compiler lacks the sanitizer's run-time library."""
-    source = directory / "nothing.cpp"
-    source.write_text("int main() { return 0; }\n")
-    command = [compiler(), f"-fsanitize={flags}", str(source), "-o", str(directory / "nothing")]
-    if subprocess.run(command, capture_output=True, timeout=60).returncode != 0:
-        pytest.skip(
-            f"{compiler()} cannot link -fsanitize={flags}; install libtsan, libasan, libubsan"
-        )
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from native_build import HERE, NORMAL_STEPS, build, host_sources
-from test_native_threads import SANITIZERS, require_sanitizer, run
+from native_build import HERE, NORMAL_STEPS, build, host_sources, require_sanitizer
+from test_native_threads import SANITIZERS, run
 
 STEPS = 300
 
