@@ -148,6 +148,20 @@ def test_a_host_callback_is_rejected(buffers: list[Buffer]) -> None:
     assert calls == [1]
 
 
+def test_a_memset_of_memory_that_peers_write_is_rejected(buffers: list[Buffer]) -> None:
+    runtime: Any = pytest.importorskip("cuda.bindings.runtime")
+    address, num_bytes = buffers[0].heap_regions()[1]
+
+    def clear() -> None:
+        if torch.cuda.is_current_stream_capturing():
+            stream = runtime.cudaStream_t(init_value=torch.cuda.current_stream().cuda_stream)
+            (status,) = runtime.cudaMemsetAsync(address + num_bytes - 128, 0, 128, stream)
+            assert int(status) == 0
+
+    with pytest.raises(CaptureError, match=r"memory that peers write \(the heap of rank 1\)"):
+        capture(buffers, followed_by(Steps(buffers).of(PAIR, 0), clear))
+
+
 def _host_function() -> int:
     import ctypes
 
