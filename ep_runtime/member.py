@@ -59,6 +59,7 @@ class Member(ABC):
         self._identity = object()
         self._closed = False
         self._routing_told = 0
+        self._warming_up = True  # until somebody sets a time budget
 
     @abstractmethod
     def _close(self, with_peers: bool) -> None:
@@ -104,9 +105,12 @@ class Member(ABC):
                 f"time budget {seconds!r} s: it must be above 0 and at most {MAX_BUDGET_S:g}; 10 is"
                 " usual in steady state, 60 in warm-up"
             )
+        self._apply_budget(seconds)
+        self._warming_up = False
+
+    def _apply_budget(self, seconds: float) -> None:
         self._ops.native.set_time_budget(int(seconds * 1e9))
         self._budget_s = seconds
-        self._warming_up = False
 
     def steady(self) -> None:
         """Kernels are loaded everywhere: go from the warm-up budget to the steady one."""
@@ -119,25 +123,14 @@ class Member(ABC):
         Afterwards as long as `set_time_budget` said, or steadily where nobody has called it.
         """
         before, warming_up = self._budget_s, self._warming_up
-        self.set_time_budget(max(before, env.read().warmup_timeout_s))
+        self._apply_budget(max(before, env.read().warmup_timeout_s))
         try:
             yield
         finally:
             if warming_up:
                 self.steady()
             else:
-                self.set_time_budget(before)
-
-    def _warm_up(self) -> None:
-        """The budget to begin with."""
-        self.set_time_budget(env.read().warmup_timeout_s)
-        self._warming_up = True
-
-    def _renew_budget(self) -> None:
-        """The same budget for native operations that are new, or have forgotten theirs."""
-        warming_up = self._warming_up
-        self.set_time_budget(self._budget_s)
-        self._warming_up = warming_up
+                self._apply_budget(before)
 
     # ---- life -----------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
+from ep_runtime import env
 from ep_runtime.config import DispatchFormat, EpConfig, ScaleFormat
 from ep_runtime.errors import ConfigError
 from ep_runtime.handles import Received, StepStats
@@ -66,7 +67,7 @@ class Rank(Masks, Member):
         # Told of every operation before it is launched; what it raises keeps it from being.
         self.recorder: Callable[[OpRecord], None] | None = None
         self._ops.synchronize()
-        self._warm_up()
+        self._apply_budget(env.read().warmup_timeout_s)
 
     @property
     def local_experts(self) -> range:
@@ -200,7 +201,7 @@ class Rank(Masks, Member):
         self._open.clear()
         if self._order is not None:
             self._order.forget(self.rank)
-        self._renew_budget()
+        self._apply_budget(self._budget_s)
         self.world.meet_without(absent)
 
     def _close(self, with_peers: bool) -> None:

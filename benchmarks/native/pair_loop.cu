@@ -10,8 +10,8 @@
 // this kind on the same GPU may be compared. Elsewhere N limits the SMs too; 0 is all. --fused
 // leaves the split kernels out. --parts measures FP8 pairs, dispatches alone and combines alone at
 // every size, and nothing else; T then chooses one size. --late: weights come with the combine, as
-// DeepEP's do (not where rows are compact). (One rank alone can be profiled by tools
-// that stop at every kernel.)
+// DeepEP's do (not where rows are compact). (One rank alone can be profiled by tools that stop at
+// every kernel.)
 //
 // One host thread per rank; 50 pairs in one graph, the slowest rank's median of 20 replays. BF16
 // lines check themselves (the experts are the identity, so combine must give x times the sum of the

@@ -8,8 +8,7 @@
 // before the next write. They differ in how it meets before the reads, and in how the warp that
 // writes met others before: at a barrier with one warp, with all warps, with all but one, or by a
 // word of shared memory that counts arrivals. None has a race; kernels 2 to 5 and 7 are reported
-// (CUDA 13.0). Exit status 1 if the kernel failed or KERNEL is not
-// one of them.
+// (CUDA 13.0). Exit status 1 if the kernel failed or KERNEL is not one of them.
 #include <cuda_runtime.h>
 
 #include <cstdio>

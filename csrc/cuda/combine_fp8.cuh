@@ -124,9 +124,9 @@ __device__ __forceinline__ bool gather_unit(const View& view, const CombineInput
         const int slot = turn.absent.has(view, view.rank) ? -1 : sent[view.rank];
         if (slot >= 0) {
             const RowRef ref = load_ref(view, in.routing, view.rank, slot);
-            const float weight =
-                kWeights == Weights::kLate ? own_weight(view, in, ref) : ref.weight;
-            own = sum_unit(view, in, ref, weight, unit);  // rounded as if it had travelled
+            const float weight = own_weight<kWeights>(view, in, ref);
+            // Rounded as if it had travelled.
+            own = sum_unit(view, in, ref, weight, unit);
         }
     }
     UnitSum sum;  // not before: registers would not do
@@ -161,9 +161,8 @@ struct Fp8Sums {
                                                 const FirstItem& first) {
         Watch watch{view, Op::kCombine};
         each_item<kOwn>(view, in, turn, share, first, [&](const SendItem& item, RowRef ref) {
-            float weight = ref.weight;
-            if (kWeights == Weights::kLate &&
-                !await_weight(view, ref, watch, item.source, turn.epoch, weight)) {
+            float weight;
+            if (!await_weight<kWeights>(view, ref, watch, item.source, turn.epoch, weight)) {
                 return false;
             }
             Fp8Sum out = sum_unit(view, in, ref, weight, item.unit);

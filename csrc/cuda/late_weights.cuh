@@ -78,19 +78,24 @@ __device__ __forceinline__ int table_index(const View& view, const RowRef& ref, 
     return listed ? static_cast<int>(min(float_to_bits(ref.weight), floats - 1)) : 0;
 }
 
-// Of this rank's own tokens, where the caller has them: entry k at lane k of a list of rows. Whole
-// warps.
+// The weights of a list of rows of this rank's own tokens, entry k at lane k; late ones where the
+// caller has them. Whole warps.
+template <Weights kWeights>
 __device__ __forceinline__ float own_weight(const View& view, const CombineInput& in,
                                             const RowRef& ref) {
+    if (kWeights == Weights::kKnown) return ref.weight;
     const int tokens = min(in.num_tokens, view.max_tokens);
     return tokens > 0 ? in.weights[table_index(view, ref, tokens)] : 0.0f;
 }
 
-// Of another rank's tokens, or of this one's if it sent itself its table. Whole warps; false: gave
-// up. To wait here, before any row is asked for, costs less than the registers that rows would
+// Those of another rank's tokens, or of this one's if it sent itself its table. Whole warps; false:
+// gave up. To wait here, before any row is asked for, costs less than the registers that rows would
 // occupy meanwhile (docs/performance.md).
+template <Weights kWeights>
 __device__ __forceinline__ bool await_weight(const View& view, const RowRef& ref, Watch& watch,
                                              int source, uint64_t epoch, float& weight) {
+    weight = ref.weight;
+    if (kWeights == Weights::kKnown) return true;
     const int lane = static_cast<int>(threadIdx.x & 31);
     const int index = table_index(view, ref, view.max_tokens);
     // K floats lie in at most three lines: lanes 0 to 23 load them. The list's first entry is its

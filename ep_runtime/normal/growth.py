@@ -77,7 +77,7 @@ class GrowingRank(NormalRank):
         memory = self._provider(grown.total)
         old, self._heap = self._heap, DataHeap(memory, self.rank, grown, self.device)
         self._ops = self._make_ops()
-        self._renew_budget()
+        self._apply_budget(self._budget_s)
         if not old.captured and not old.collective:
             old.unmap_peers()
         self._retired.append(old)

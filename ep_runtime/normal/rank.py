@@ -6,6 +6,7 @@ from typing import Protocol, cast
 
 import torch
 
+from ep_runtime import env
 from ep_runtime.errors import EpError, ShapeError
 from ep_runtime.member import CLOSE_TIMEOUT_S, Closed, Member
 from ep_runtime.memory import RankMemory
@@ -70,7 +71,7 @@ class NormalRank(Member):
             self.num_ranks, config.max_experts, config.max_topk, device, self._identity
         )
         self._ops.synchronize()
-        self._warm_up()
+        self._apply_budget(env.read().warmup_timeout_s)
 
     def _make_ops(self) -> NormalOps:
         native = make_native(
@@ -114,11 +115,10 @@ class NormalRank(Member):
         if self._on_host:
             self._check_fatal()
 
-    def set_time_budget(self, seconds: float) -> None:
-        """Bound every wait from now on, replays included. Synchronises; not for captured code."""
-        super().set_time_budget(seconds)
+    def _apply_budget(self, seconds: float) -> None:
+        super()._apply_budget(seconds)
         for part in self._parts:
-            part.set_time_budget(seconds)
+            part._apply_budget(seconds)
 
     # ---- life -----------------------------------------------------------------------------------
 
@@ -135,7 +135,7 @@ class NormalRank(Member):
         _C.clear_faults(self._fault)
         self._most_received = 0  # ranks that gave up did not learn what others did
         self._routing_told = 0
-        self._renew_budget()
+        self._apply_budget(self._budget_s)
         self.world.barrier()
 
     def _reset_wire(self) -> None:
