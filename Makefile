@@ -22,7 +22,7 @@ decode: $(VENV)/.built  ## generate text with the shipped model and check it (AR
 	$(VENV)/bin/ep-runtime decode --check $(ARGS)
 
 test: $(VENV)/.built  ## every test this machine can run; skipped ones are listed with their reason
-	$(RUN) -m pytest -rs $(ARGS)
+	$(RUN) -m pytest -rs -n auto --dist=loadfile $(ARGS)
 
 gpu-test: $(VENV)/.built  ## the whole GPU suite; fails where there is no GPU
 	$(RUN) -m benchmarks.gpu_suite $(ARGS)

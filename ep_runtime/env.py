@@ -82,6 +82,12 @@ class Env:
     as_deep_ep: bool = _var(
         "EP_AS_DEEP_EP", False, _flag, "in vLLM's processes, `import deep_ep` means ep_runtime"
     )
+    even_tokens: bool = _var(
+        "EP_EVEN_TOKENS",
+        False,
+        _flag,
+        "low-latency calls of the deep_ep interface: ranks mostly send equally many tokens",
+    )
     memory: str = _var(
         "EP_MEMORY",
         "auto",

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from ep_runtime import env
+from ep_runtime import current, env
 from ep_runtime.config import EpConfig
 from ep_runtime.layout import shape_of
 from ep_runtime.memory import RankMemory
@@ -109,7 +109,7 @@ class CudaOps:
         self._device = device
 
     def _stream(self) -> int:
-        return torch.cuda.current_stream(self._device).cuda_stream
+        return current.stream_handle(self._device)
 
     def dispatch_send(self, chain: int, inputs: _C.SendInput) -> None:
         self.native.dispatch_send(chain, inputs, self._stream())

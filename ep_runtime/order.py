@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
+from ep_runtime import current
 from ep_runtime.errors import SequenceError
 
 OpName = Literal["dispatch", "combine"]
@@ -48,7 +49,7 @@ class SendOrder:
         counts[rank] += 1
         device = self._devices[rank]
         if device.type == "cuda":
-            self._event(rank, op, chain, counts[rank]).record(torch.cuda.current_stream(device))
+            self._event(rank, op, chain, counts[rank]).record(current.stream(device))
 
     def before_wait(self, rank: int, op: OpName, chain: int) -> None:
         """Order the receive of `rank`'s latest send after its neighbours' matching sends.
@@ -67,7 +68,7 @@ class SendOrder:
                 )
         device = self._devices[rank]
         if device.type == "cuda":
-            stream = torch.cuda.current_stream(device)
+            stream = current.stream(device)
             for peer in neighbours:
                 stream.wait_event(self._event(peer, op, chain, number))
 

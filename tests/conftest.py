@@ -16,6 +16,7 @@ import pytest
 import torch
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+MOST_WORKERS = 8  # each test may have as many ranks again
 
 
 def _package_problem() -> str | None:
@@ -78,6 +79,14 @@ def pytest_configure(config: pytest.Config) -> None:
         problem = _gpu_problem()
     if problem is not None:
         raise pytest.UsageError(problem)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means (`make test`). With a GPU one test after the other, in this process:
+    which tests may run beside which is known to `make gpu-test`."""
+    cores = len(os.sched_getaffinity(0))
+    return 0 if torch.cuda.is_available() or cores < 2 else min(cores, MOST_WORKERS)
 
 
 def pytest_report_header() -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ep_runtime import current
 from ep_runtime.errors import PeerTimeout
 from ep_runtime.native import _C
 
@@ -54,7 +55,7 @@ class HostCounts:
         """Forget the last counts, on the current stream; the address for the next notify."""
         ctypes.memset(self._memory.address, 0, self._bytes)
         if self._began is not None:
-            self._began.record(torch.cuda.current_stream(self._device))
+            self._began.record(current.stream(self._device))
         return self._memory.address
 
     def wait(self, local_experts: int, budget_s: float, check: Callable[[], None]) -> Counts:

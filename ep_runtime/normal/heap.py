@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ep_runtime import current
 from ep_runtime.memory import RankMemory
 from ep_runtime.memory.base import log
 from ep_runtime.normal.pool import ALIGNMENT, Block, Pool
-from ep_runtime.normal.streams import current
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +156,10 @@ def _mark(device: torch.device) -> tuple[int, Any] | None:
     None in a capture, where the event would belong to the graph: a capture begins with a
     synchronisation, so what read the block before it is over.
     """
-    with current(device):
+    with current.on(device):
         if torch.cuda.is_current_stream_capturing():
             return None
-        stream = torch.cuda.current_stream(device)
+        stream = current.stream(device)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(stream)
     return stream.cuda_stream, event

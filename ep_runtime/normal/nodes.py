@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ep_runtime import current
 from ep_runtime.errors import ShapeError
 from ep_runtime.native import _C
 from ep_runtime.normal.config import block_bytes, inbox_bytes
@@ -256,7 +257,7 @@ class NodePath:
         if device.type == "cpu":
             _C.host_by_node(*addresses)
         else:
-            stream = torch.cuda.current_stream(device).cuda_stream
+            stream = current.stream_handle(device)
             _C.cuda_by_node(*addresses, device.index, stream)
         return Layout(count, layout.tokens_per_expert, goes), named
 
@@ -344,7 +345,7 @@ class NodePath:
         if device.type == "cpu":
             _C.host_node_tables(*addresses)
         else:
-            stream = torch.cuda.current_stream(device).cuda_stream
+            stream = current.stream_handle(device)
             _C.cuda_node_tables(*addresses, device.index, stream)
         return nodes
 

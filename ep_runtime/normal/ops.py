@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ep_runtime import current
 from ep_runtime.native import _C
 from ep_runtime.normal.handles import Layout
 from ep_runtime.normal.heap import DataHeap
@@ -82,7 +83,7 @@ class NormalOps:
 
     def _stream(self) -> tuple[int, ...]:
         """The trailing argument of CUDA calls."""
-        return () if self._on_host else (torch.cuda.current_stream(self._device).cuda_stream,)
+        return () if self._on_host else (current.stream_handle(self._device),)
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int, into: Layout) -> None:
         self.native.layout(

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU the current one, which it mostly is already: then it costs nothing."""
-    if torch.cuda.current_device() == device.index:
-        return nullcontext()
-    return torch.cuda.device(device)
+from ep_runtime import current
 
 
 class StreamOrder:
@@ -31,16 +25,13 @@ class StreamOrder:
 
     def capturing(self) -> bool:
         """The device's current stream is being captured."""
-        if self._device.type == "cpu":
-            return False
-        with current(self._device):
-            return torch.cuda.is_current_stream_capturing()
+        return current.capturing(self._device)
 
     def enter(self) -> None:
         """Before an operation that communicates."""
         if self._device.type == "cpu":
             return
-        stream = torch.cuda.current_stream(self._device)
+        stream = current.stream(self._device)
         last, self._last = self._last, stream
         if last is None or last.cuda_stream == stream.cuda_stream:
             return
@@ -51,9 +42,10 @@ class StreamOrder:
 
     def wait_for(self, uses: Mapping[int, tuple[int, Any]]) -> None:
         """Let the current stream wait for the last uses of memory, except in a capture."""
-        if not uses or self._device.type == "cpu" or self.capturing():
+        if not uses or self._device.type == "cpu":
             return
-        stream = torch.cuda.current_stream(self._device)
-        for other, (_, event) in uses.items():
-            if other != stream.cuda_stream:
+        stream = current.stream(self._device)
+        others = [event for other, (_, event) in uses.items() if other != stream.cuda_stream]
+        if others and not self.capturing():
+            for event in others:
                 stream.wait_event(event)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from typing_extensions import Unpack
 
+from ep_runtime import current
 from ep_runtime.errors import ShapeError
 from ep_runtime.memory.nvshmem import NvshmemModule
 from ep_runtime.native import _C
@@ -85,7 +86,7 @@ class CudaPuts:
 
     @property
     def _stream(self) -> int:
-        return torch.cuda.current_stream(self._device).cuda_stream
+        return current.stream_handle(self._device)
 
     def announce(self, per_rank: int, per_node: int, per_expert: int, num_experts: int) -> None:
         self._native.announce(per_rank, per_node, per_expert, num_experts, self._stream)

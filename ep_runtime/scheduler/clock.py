@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ep_runtime import current
+
 
 class Clock(Protocol):
     def mark(self) -> Any:
@@ -36,7 +38,7 @@ class CudaClock:
     def mark(self) -> Any:
         make_event: Any = torch.cuda.Event  # torch leaves it untyped
         event = make_event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(current.stream(self._device))
         return event
 
     def read(self, marks: Sequence[Any]) -> list[float]:

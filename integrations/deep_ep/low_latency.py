@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from ep_runtime import env
 from ep_runtime.buffer import Buffer as EpBuffer
 from ep_runtime.config import EpConfig
 from ep_runtime.errors import ConfigError, SequenceError, ShapeError
@@ -38,6 +39,7 @@ class LowLatency:
     def __init__(self, place: Place, mask: RankMask) -> None:
         self._place = place
         self._mask = mask
+        self._even = env.read().even_tokens
         # Kept for ever: captured graphs hold their addresses. Some tens of megabytes each.
         self._engines: dict[tuple[int, int, int, int], Engine] = {}
 
@@ -81,6 +83,7 @@ class LowLatency:
             "round_scale": round_scale,
             "cumulative_recv_count": cumulative,
             "wait_ns": wait_ns,
+            "expected_tokens": x.shape[0] if self._even else None,
         }
         hook: Hook | None = None
         if return_recv_hook:

@@ -22,6 +22,7 @@ from low_latency_cases import (
 )
 from traffic import Sizes
 
+from ep_runtime import env
 from ep_runtime.integrations.deep_ep import Buffer
 
 SIZES = Sizes(num_experts=8, topk=3, hidden=1024, max_tokens=12)
@@ -48,6 +49,23 @@ def test_round_trip(pool: RankPool, seed: int, fmt: Format, mode: str) -> None:
 def test_sizes_that_no_list_holds(pair: RankPool, seed: int, fmt: Format) -> None:
     """A hidden size, a top-k and a number of experts that DeepEP was not compiled for."""
     pair.run(round_trips, seed, fmt, "hook", Sizes(54, 17, 640, 5))
+
+
+def uneven(rank: Rank, seed: int, mode: str) -> None:
+    """EP_EVEN_TOKENS sizes launches by the call's own tokens, though ranks send other numbers."""
+    with env.defaults({"EP_EVEN_TOKENS": "1"}):
+        buffer = open_buffer(rank, SIZES)
+    for turn in range(4):
+        sent = dispatch(rank, buffer, SIZES, seed + turn, Format(True), mode)
+        assert sent.handle.routing.expected_tokens == len(sent.own.x)
+        check_received(rank, sent)
+        combine(rank, buffer, sent, mode)
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("mode", ["plain", "hook"])
+def test_ranks_that_expect_too_few_tokens_get_all(pool: RankPool, seed: int, mode: str) -> None:
+    pool.run(uneven, seed, mode)
 
 
 def any_order(rank: Rank, seed: int, mode: str) -> None:
