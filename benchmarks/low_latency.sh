@@ -10,28 +10,31 @@ shift || true
 
 bench() { "$python" -m ep_runtime.bench low-latency --out "$out" "$@"; }
 
-decode() { bench --plot "$@"; }
-large() { bench --label large --tokens 256,512,1024 --plot "$@"; }
-split() { bench --label split --modes split,hook --peers none "$@"; }
+decode() { bench --experts 256,32 --no-parts --plot "$@"; }
+large() { bench --label large --experts 256 --tokens 512,1024 --no-parts --plot "$@"; }
+hook() { bench --label hook --experts 256 --modes split,hook --no-parts --peers none "$@"; }
+fp8() {
+    bench --label fp8combine --experts 256 --combine-formats fp8 --no-parts --peers none "$@"
+}
 skew() {
     local status=0
     for kind in zipf one-rank half-empty; do
-        bench --skew "$kind" --experts 256 "$@" || status=1
+        bench --skew "$kind" --experts 256 --no-parts --peers none "$@" || status=1
     done
     return "$status"
 }
 all() {
     local status=0
-    for run in decode large split skew; do
+    for run in decode large hook fp8 skew; do
         "$run" "$@" || status=1
     done
     return "$status"
 }
 
 case $what in
-decode | large | split | skew | all) "$what" "$@" ;;
+decode | large | hook | fp8 | skew | all) "$what" "$@" ;;
 *)
-    echo "usage: benchmarks/low_latency.sh decode|large|split|skew|all [options]" >&2
+    echo "usage: benchmarks/low_latency.sh decode|large|hook|fp8|skew|all [options]" >&2
     exit 2
     ;;
 esac

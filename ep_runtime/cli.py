@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ep_runtime.decoding import DecodeResult
 
 app = typer.Typer(
-    help="Expert-parallel dispatch and combine for MoE models, made for CUDA-graph replay.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -40,6 +39,22 @@ class Wire(str, Enum):
 
     bf16 = "bf16"
     fp8 = "fp8"
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ep_runtime {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Say it and end."),
+    ] = False,
+) -> None:
+    """Expert-parallel dispatch and combine for MoE models, made for CUDA-graph replay."""
 
 
 def main() -> None:
@@ -146,7 +161,7 @@ def decode(
         print(f"backend {plan.kind}, {plan.num_ranks} ranks: {plan.reason}\n", flush=True)
     result = decoding.decode(job, plan, repeat_eagerly=eager)
     if speaks:
-        show_decoded(result)
+        show_decoded(result, on_graphs=plan.kind != "host")
     verdict = result.report.check
     if verdict is not None and not verdict.ok:
         raise typer.Exit(1)
@@ -155,7 +170,7 @@ def decode(
         raise typer.Exit(1)
 
 
-def show_decoded(result: DecodeResult) -> None:
+def show_decoded(result: DecodeResult, *, on_graphs: bool) -> None:
     """The other prompts' texts, the table, and the check."""
     from rich.console import Console
 
@@ -165,7 +180,7 @@ def show_decoded(result: DecodeResult) -> None:
     for text in result.report.texts[1:]:
         print(f"\n{text}")
     print()
-    Console(highlight=False).print(decode_table(result))
+    Console(highlight=False).print(decode_table(result, on_graphs=on_graphs))
     if result.report.check is not None:
         print(f"check: {result.report.check}")
 

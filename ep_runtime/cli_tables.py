@@ -15,19 +15,20 @@ if TYPE_CHECKING:
 STYLES = {"ok": "green", "note": "cyan", "missing": "dim", "problem": "bold red"}
 
 
-def decode_table(result: DecodeResult) -> Table:
+def decode_table(result: DecodeResult, *, on_graphs: bool) -> Table:
     """One row per measure; a second column where the steps were also run eagerly."""
     runs = [result.report] + ([result.eager] if result.eager is not None else [])
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for title in ("graph replay", "eager")[: len(runs)]:
+    # CPU ranks record a step's calls and make them again, which saves them nothing.
+    for title in ("graph replay" if on_graphs else "replay", "eager")[: len(runs)]:
         table.add_column(title, justify="right")
     table.add_row("decoded tokens", *(f"{r.num_tokens:,}" for r in runs))
     table.add_row("tokens/s", *(f"{r.tokens_per_second:,.0f}" for r in runs))
     table.add_row("steps", *(f"{len(r.step_us):,}" for r in runs))
     table.add_row("time per step (median)", *(f"{r.step_median_us:,.0f} us" for r in runs))
     for bucket, launches in sorted(result.report.launches.items()):
-        name = f"replays, bucket {bucket} ({launches} launches a step)"
+        name = f"replays of all ranks, bucket {bucket} ({launches} launches each)"
         table.add_row(name, *(f"{r.replays.get(bucket, 0):,}" for r in runs))
     table.add_row("dispatched", *(f"{r.bytes_dispatched:,} B" for r in runs))
     table.add_row("combined", *(f"{r.bytes_combined:,} B" for r in runs))

@@ -76,7 +76,8 @@ def launch(
 ) -> list[R]:
     """Run `fn(world, *args)` on every rank; the results by rank.
 
-    fn            importable by its module's name: it is pickled, and so are args and results
+    fn            importable by its module's name: it is pickled, and so are args and results; not
+                  from a notebook or standard input, which new processes cannot import
     gpu_per_rank  make GPU `rank` (modulo their number) the rank's current device
     timeout_s     for the whole run; None: EP_LAUNCH_TIMEOUT_S. Ignored under torchrun
 
@@ -194,7 +195,8 @@ class _Group(Generic[R]):
             process.join(EXIT_GRACE_S)
             text = (
                 f"its process ended ({_exit_text(process.exitcode)}) without a word; see what it"
-                " printed before (SIGKILL is often the system, out of memory)"
+                " printed before (SIGKILL is often the system, out of memory; a file that is not"
+                " found: the function must be in one that can be imported)"
             )
             return Outcome(rank, None, RankFailed(rank, "exit", text), seconds)
         finally:
