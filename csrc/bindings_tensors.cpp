@@ -86,9 +86,10 @@ CombineInput make_combine_input(const Shape& shape, uintptr_t routing, int32_t w
 }
 
 CombineOutput make_combine_output(const Shape& shape, uintptr_t routing, int32_t wire,
-                                  uintptr_t out, int32_t num_tokens, uintptr_t num_tokens_address,
-                                  uintptr_t wait_ns) {
+                                  bool late_weights, uintptr_t out, int32_t num_tokens,
+                                  uintptr_t num_tokens_address, uintptr_t wait_ns) {
     return CombineOutput{.wire = static_cast<Wire>(wire),
+                         .late_weights = late_weights,
                          .out = pointer<uint16_t>(out),
                          .num_tokens = num_tokens,
                          .num_valid = pointer<const int32_t>(num_tokens_address),
@@ -117,8 +118,8 @@ void bind_tensors(py::module_& m) {
              "late_weights"_a = false, "weights"_a = 0, "num_tokens"_a = 0);
     py::class_<CombineOutput>(m, "CombineOutput")
         .def(py::init(&make_combine_output), "shape"_a, py::kw_only(), "routing"_a,
-             "wire"_a = static_cast<int32_t>(Wire::kBf16), "out"_a, "num_tokens"_a,
-             "num_tokens_address"_a = 0, "wait_ns"_a = 0);
+             "wire"_a = static_cast<int32_t>(Wire::kBf16), "late_weights"_a = false, "out"_a,
+             "num_tokens"_a, "num_tokens_address"_a = 0, "wait_ns"_a = 0);
 }
 
 }  // namespace ep

@@ -32,7 +32,7 @@ FAULT_ABORTED: Final[int]  # another rank (field rank) gave up waiting for `peer
 FAULT_DESYNC: Final[int]  # a tag from the future
 FAULT_COUNT: Final[int]  # a peer announced more messages than the inbox holds
 FAULT_ROUTING: Final[int]  # expert out of range or twice in a token (not fatal)
-FAULT_TERMS: Final[int]  # a peer has another mask (low 32 bits) or combine format (high 32 bits)
+FAULT_TERMS: Final[int]  # terms differ: mask (low 32 bits), format (8 bits), late weights (1 bit)
 OP_DISPATCH: Final[int]
 OP_COMBINE: Final[int]
 OP_NORMAL_NOTIFY: Final[int]
@@ -141,7 +141,8 @@ class RecvTarget:
 class CombineInput:
     """What combine_send sends: y_stride in elements. late_weights: the dispatch had none.
 
-    wire: how the sums travel, WIRE_BF16 (the default) or WIRE_FP8; the same in CombineOutput.
+    wire: how the sums travel, WIRE_BF16 (the default) or WIRE_FP8; it and late_weights are the
+    same in CombineOutput.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class CombineOutput:
         *,
         routing: int,
         wire: int = ...,
+        late_weights: bool = False,
         out: int,
         num_tokens: int,
         num_tokens_address: int = 0,

@@ -328,6 +328,7 @@ class Buffer(CallOrder):
             self._shape,
             routing=routing,
             wire=wire,
+            late_weights=handle.late_weights,
             out=result.data_ptr(),
             num_tokens=handle.num_rows,
             num_tokens_address=0 if handle.num_tokens is None else handle.num_tokens.data_ptr(),

@@ -88,6 +88,12 @@ class Env:
         _flag,
         "low-latency calls of the deep_ep interface: ranks mostly send equally many tokens",
     )
+    own_tensors: bool = _var(
+        "EP_OWN_TENSORS",
+        False,
+        _flag,
+        "normal calls of the deep_ep interface: received rows are copied to ordinary tensors",
+    )
     memory: str = _var(
         "EP_MEMORY",
         "auto",

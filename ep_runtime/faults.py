@@ -47,8 +47,8 @@ def fatal_error(fault: _C.Fault, budget_s: float) -> EpError:
     if fault.code == _C.FAULT_TERMS:
         return DesyncError(
             f"rank {fault.peer} works at {where} with {_terms(fault.seen)}, rank {fault.rank} with"
-            f" {_terms(fault.expected)}: give every rank the same mask and combine_format before"
-            f" the same operation; {_AFTER}"
+            f" {_terms(fault.expected)}: give every rank the same mask, format and way of passing"
+            f" topk_weights (with the dispatch, or with the combine); {_AFTER}"
         )
     return DesyncError(f"unknown fault code {fault.code} at {where}; {_AFTER}")
 
@@ -73,9 +73,12 @@ def _count_error(fault: _C.Fault, where: str) -> DesyncError:
 
 
 def _terms(word: int) -> str:
-    """What ranks agree on: the mask's digest (of up to 32 ranks the mask itself), the format."""
-    mask, wire = word & 0xFFFFFFFF, word >> 32
-    return f"rank mask {mask:#x} and {'fp8' if wire == _C.WIRE_FP8 else 'bf16'} combines"
+    """What ranks agree on: the mask's digest (of up to 32 ranks the mask itself), the format of
+    rows, and whether weights come with a combine."""
+    mask, wire, late = word & 0xFFFFFFFF, word >> 32 & 0xFF, word >> 40 & 1
+    names = {_C.WIRE_BF16: "bf16", _C.WIRE_FP8: "fp8", _C.WIRE_OPAQUE: "opaque"}
+    with_weights = " that bring weights" if late else ""
+    return f"rank mask {mask:#x} and {names.get(wire, 'unknown')} rows{with_weights}"
 
 
 def _where(fault: _C.Fault) -> str:
@@ -98,7 +101,8 @@ def _told(fault: _C.Fault, where: str) -> EpError:
         _C.FAULT_COUNT: f"found more than there is room for, from or for rank {fault.peer}"
         if fault.op in _NORMAL_OP
         else f"got impossible counts from rank {fault.peer}",
-        _C.FAULT_TERMS: f"found rank {fault.peer} with another rank mask or combine format",
+        _C.FAULT_TERMS: f"found rank {fault.peer} with another mask or format, or its weights"
+        " elsewhere",
     }.get(fault.seen, f"failed with code {fault.seen}")
     return DesyncError(
         f"rank {fault.rank} {cause} and told this rank, which left {where}; look at rank"

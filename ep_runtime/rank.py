@@ -186,12 +186,14 @@ class Rank(Masks, Member):
 
         Ranks of processes meet before and after, but those that are masked; virtual ranks are reset
         one by one, all of them before the next operation. Masks stay. What was sent and not waited
-        for is dropped: its wait() raises SequenceError. Raises PeerTimeout if a rank does not come,
-        ConfigError if ranks have different masks.
+        for is dropped: its wait() raises SequenceError. Raises PeerTimeout if a rank does not come
+        (call it again on every rank, or mask that one on all others first), ConfigError if ranks
+        have different masks.
         """
         self._ops.synchronize()
-        absent = self.masked_ranks()
-        self.world.meet_without(absent)
+        self.world.between_meetings(self._forget_all, self.masked_ranks())
+
+    def _forget_all(self) -> None:
         self._ops.native.reset()
         _C.clear_faults(self._fault)
         self._routing_told = 0
@@ -202,7 +204,6 @@ class Rank(Masks, Member):
         if self._order is not None:
             self._order.forget(self.rank)
         self._apply_budget(self._budget_s)
-        self.world.meet_without(absent)
 
     def _close(self, with_peers: bool) -> None:
         if self._closed:

@@ -44,7 +44,7 @@ class Checker:
     ) -> int:
         """Returns the row stride of x in bytes."""
         config = self._config
-        if not isinstance(chain, int) or not 0 <= chain < config.num_chains:
+        if type(chain) is not int or not 0 <= chain < config.num_chains:
             self._bad_chain(chain)
         if out is not None:
             self._receive(out)
@@ -61,9 +61,11 @@ class Checker:
             self._scales(scales, rows)
         if num_tokens is not None:
             self._scalar(num_tokens)
-        if expected_tokens is not None and not 0 <= expected_tokens <= config.max_tokens:
+        if expected_tokens is not None and (
+            type(expected_tokens) is not int or not 0 <= expected_tokens <= config.max_tokens
+        ):
             raise ShapeError(
-                f"expected_tokens={expected_tokens}: it must be 0 .. max_tokens"
+                f"expected_tokens={expected_tokens!r}: it must be an int, 0 .. max_tokens"
                 f" ({config.max_tokens}); pass the most tokens any rank sends, or None"
             )
         return stride

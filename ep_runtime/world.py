@@ -46,7 +46,7 @@ class World:
         self.timeout_s = env.read().warmup_timeout_s if timeout_s is None else timeout_s
         self._store = store
         self._calls = 0
-        self._meetings = 0  # of some ranks without the others
+        self._finished = (0, 0)  # rounds of all ranks; since then, of some without the others
         self._parts = 0
         self._prefix = ""
         if store is not None:
@@ -98,30 +98,44 @@ class World:
         if self._store is None:
             return [data]
         keys = [f"{self._prefix}/{self._calls}/{rank}" for rank in range(self.num_ranks)]
-        values = self._gather(self._store, keys, data, self._limit(timeout_s), self._calls)
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        values = self._gather(self._store, keys, data, limit_s, f"collective {self._calls}")
         if self._calls > 1:
             # Everybody is in this collective, so nobody still reads the one before.
             self._store.delete_key(f"{self._prefix}/{self._calls - 1}/{self.rank}")
         return [value for value in values if value is not None]
 
-    def meet_without(self, absent: Collection[int], *, timeout_s: float | None = None) -> None:
-        """barrier() of the ranks that are not in `absent`; all of them must name the same.
+    def between_meetings(self, step: Callable[[], None], absent: Collection[int] = ()) -> None:
+        """Meet the ranks that are not in `absent`, run `step`, and meet them again.
 
-        Raises ConfigError if they do not, PeerTimeout for a rank that is neither here nor absent.
-        A rank that counts itself absent meets nobody.
+        Raises ConfigError if ranks name different ones, PeerTimeout for a rank that is neither here
+        nor absent. After that the whole may be called again: ranks count what they have finished,
+        so who waited, gave up and comes again meets who came late. A rank that counts itself
+        absent meets nobody.
         """
-        if not absent:
-            self.barrier(timeout_s=timeout_s)
-            return
         if self._store is None or self.rank in absent:
+            step()
             return
-        self._meetings += 1
+        whole, partly = self._finished
+        place = f"round{whole}/without{partly}" if absent else f"round{whole}"
+        self._meet_at(self._store, f"{place}/before", absent)
+        step()
+        self._meet_at(self._store, f"{place}/after", absent)
+        # Whoever was left out knows nothing of those rounds: they are counted from here again.
+        self._finished = (whole, partly + 1) if absent else (whole + 1, 0)
+        # All have left the rounds before, and a round of all that was given up for this one.
+        past = [f"round{whole - 1}", f"round{whole}/without{partly - 1}"]
+        for left in [*past, f"round{whole}"] if absent else past:
+            for when in ("before", "after"):
+                self._store.delete_key(f"{self._prefix}/{left}/{when}/{self.rank}")
+
+    def _meet_at(self, store: Store, place: str, absent: Collection[int]) -> None:
         mine = json.dumps(sorted(absent))
-        prefix = f"{self._prefix}/without/{self._meetings}"
-        keys = ["" if rank in absent else f"{prefix}/{rank}" for rank in range(self.num_ranks)]
-        told = self._gather(
-            self._store, keys, mine.encode(), self._limit(timeout_s), self._meetings
-        )
+        keys = [
+            "" if rank in absent else f"{self._prefix}/{place}/{rank}"
+            for rank in range(self.num_ranks)
+        ]
+        told = self._gather(store, keys, mine.encode(), self.timeout_s, f"meeting {place}")
         for rank, other in enumerate(told):
             if other is not None and other.decode() != mine:
                 raise ConfigError(
@@ -129,14 +143,11 @@ class World:
                     f" {mine}: mask the same ranks on every rank that is left, then reset() again"
                 )
 
-    def _limit(self, timeout_s: float | None) -> float:
-        return self.timeout_s if timeout_s is None else timeout_s
-
     def _gather(
-        self, store: Store, keys: list[str], data: bytes, limit_s: float, number: int
+        self, store: Store, keys: list[str], data: bytes, limit_s: float, what: str
     ) -> list[bytes | None]:
         try:
-            return self._exchange(store, keys, data, limit_s, number)
+            return self._exchange(store, keys, data, limit_s, what)
         except dist.DistError as error:
             raise GroupFault(
                 f"rank {self.rank} lost the store that joins the ranks ({error}); its host (rank"
@@ -144,7 +155,7 @@ class World:
             ) from error
 
     def _exchange(
-        self, store: Store, keys: list[str], data: bytes, limit_s: float, number: int
+        self, store: Store, keys: list[str], data: bytes, limit_s: float, what: str
     ) -> list[bytes | None]:
         """What is behind every key; a rank without a key is not asked."""
         # Never empty: not every store takes that. Any bytes are taken, the stub says str.
@@ -158,7 +169,7 @@ class World:
                 return _collect(store, keys)
             missing = self.members[absent]
             raise PeerTimeout(
-                f"rank {missing} did not reach collective {number} within"
+                f"rank {missing} did not reach {what} within"
                 f" {time.monotonic() - started:.1f} s (limit {limit_s:g} s); look at that"
                 " rank's log, or raise EP_WARMUP_TIMEOUT_S if it was only slow",
                 rank=self.members[self.rank],
@@ -255,7 +266,3 @@ class VirtualWorld(World):
     def barrier(self, *, timeout_s: float | None = None) -> None:
         """Nothing: one thread drives all ranks."""
         del timeout_s
-
-    def meet_without(self, absent: Collection[int], *, timeout_s: float | None = None) -> None:
-        """Nothing."""
-        del absent, timeout_s

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ep_runtime.buffer import Buffer
 from ep_runtime.errors import CaptureError
 from ep_runtime.graphs.capture import CaptureSite, CudaGraph
+from ep_runtime.graphs.modes import Tensors
 from ep_runtime.graphs.record import HostGraph
-from ep_runtime.graphs.staging import Tensors
 
 Sizes = tuple[int, ...]  # a bucket per rank of this process
 

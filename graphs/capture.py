@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from ep_runtime.buffer import Buffer
 from ep_runtime.graphs import driver
 from ep_runtime.graphs import nodes as gn
 from ep_runtime.graphs.audit import Audit, audit_graph
+from ep_runtime.graphs.modes import Tensors
 from ep_runtime.graphs.record import Operation, recording, reset_regions, shared_regions
-from ep_runtime.graphs.staging import Tensors
 
 
 def _pool_on(device: torch.device) -> torch.cuda.MemPool:
@@ -59,6 +59,13 @@ class CaptureSite:
             for stream in self._side:
                 self.stream.wait_stream(stream)
 
+    def free_pool(self) -> None:
+        """After a capture that could not end: let the next one record to its pool."""
+        device = self.stream.device_index
+        with suppress(RuntimeError):  # raised where torch has done so itself
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+            torch._C._cuda_releasePool(device, self.pool)
+
     def join_before(self) -> None:
         """Let the launching stream wait for the inputs that other devices are still copying."""
         launching = torch.cuda.current_stream(self.devices[0])
@@ -89,6 +96,44 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+# torch's allocators point to a graph for as long as they route to its pool: past a failed capture.
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, site: CaptureSite) -> Iterator[None]:
+    """Capture on the site's stream. What is raised inside comes through, whatever became of the
+    capture, whose own error is then its context; the current stream is what it was in any case.
+
+    torch.cuda.graph leaves its stream current where the capture cannot begin or end (an `.item()`
+    inside breaks it), raises that in place of what was raised inside, and keeps the pool occupied.
+    """
+    capture = torch.cuda.graph(
+        graph, pool=site.pool, stream=site.stream, capture_error_mode="thread_local"
+    )
+    began = False
+    inside: BaseException | None = None
+    with torch.cuda.stream(site.stream):
+        try:
+            with capture:
+                began = True
+                try:
+                    yield
+                except BaseException as error:
+                    inside = error
+                    raise
+        except BaseException as error:
+            if error is inside:
+                raise
+            if began:
+                _failed.append(graph)
+                site.free_pool()
+            if inside is None:
+                raise
+            error.__context__ = inside.__context__
+            raise inside  # noqa: B904 - its context is the capture's error, its cause its own
+
+
 class CudaGraph:
     """A captured, audited, instantiated and uploaded step of all ranks of this process."""
 
@@ -101,9 +146,7 @@ class CudaGraph:
     ) -> None:
         self._site = site
         self._graph = torch.cuda.CUDAGraph(keep_graph=True)
-        capture = torch.cuda.graph(
-            self._graph, pool=site.pool, stream=site.stream, capture_error_mode="thread_local"
-        )
+        capture = _capturing(self._graph, site)
         with _no_collection(), recording(buffers) as operations, capture, site.fork():
             self.outputs = run()
         self.audit = self._add_resets(buffers, operations)

@@ -13,9 +13,9 @@ from ep_runtime.graphs.audit import Audit
 from ep_runtime.graphs.buckets import Buckets, as_ints
 from ep_runtime.graphs.build import Builder, Entry, GraphReport, Sizes
 from ep_runtime.graphs.capture import CaptureSite
+from ep_runtime.graphs.modes import Tensors, without_grad
 from ep_runtime.graphs.staging import (
     StaticInputs,
-    Tensors,
     checked_outputs,
     per_token_outputs,
     real_rows,
@@ -39,7 +39,8 @@ class DecodeGraphs(Generic[D, N]):
     step         issues operations and computes; its sequence of operations may depend on the
                  bucket only. It gets [bucket, ...] inputs, of which rows from `num_tokens` (int32
                  scalar on the device) on are padding: pass it to `Buffer.dispatch`. It may hold
-                 any number of operations, a dispatch alone included
+                 any number of operations, a dispatch alone included. It always runs without
+                 gradients, and in inference mode if that was on here
     make_inputs  called once with the largest bucket; allocates the static inputs
     warmup       eager runs of the step per bucket before the capture, with 0 real tokens
     pool         torch's graph memory pool to share; see `pool`
@@ -109,8 +110,8 @@ class DecodeGraphs(Generic[D, N]):
         num_tokens: real tokens, 0 included. inputs: tensors with at least that many rows, or None
         where the caller has filled `static_inputs` itself. Outputs with a row for each token of
         the bucket, whatever the bucket is, are cut to the real tokens (where there is one bucket,
-        all with as many rows); others come whole. They are the graph's own memory and last until
-        the next replay on the same pool. Launches
+        all with as many rows); others come whole. They require no gradient, whatever the inputs
+        do, are the graph's own memory and last until the next replay on the same pool. Launches
         on the current stream; neither synchronises nor allocates device memory. Replay all graphs
         that share a chain on one stream. Raises ShapeError before any launch, and what
         `Buffer.check()` raises; on the host backend also CaptureError where the step no longer
@@ -214,8 +215,9 @@ class DecodeGraphs(Generic[D, N]):
         inputs = [static.views(size) for static, size in zip(self._inputs, sizes, strict=True)]
         counts = [static.num_tokens for static in self._inputs]
         if self._single:
-            return lambda: checked_outputs([self._step(inputs[0], counts[0])])
-        return lambda: checked_outputs(self._step(inputs, counts), len(self._buffers))
+            return without_grad(lambda: checked_outputs([self._step(inputs[0], counts[0])]))
+        ranks = len(self._buffers)
+        return without_grad(lambda: checked_outputs(self._step(inputs, counts), ranks))
 
     # ---- helpers --------------------------------------------------------------------------------
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from ep_runtime.buffer import Buffer
 from ep_runtime.errors import CaptureError
 from ep_runtime.graphs.audit import Region, audit_operations
-from ep_runtime.graphs.staging import Tensors
+from ep_runtime.graphs.modes import Tensors, plain_copy
 from ep_runtime.rank import OpRecord
 
 
@@ -93,7 +95,7 @@ class HostGraph:
         self._resets = reset_regions(buffers, operations)
         self.audit = audit_operations([str(operation) for operation in operations], self._resets)
         # A replay writes where the first run wrote, as a CUDA graph does.
-        self.outputs = [{name: t.clone() for name, t in rank.items()} for rank in outputs]
+        self.outputs = [{name: plain_copy(t) for name, t in rank.items()} for rank in outputs]
 
     def replay(self) -> None:
         """Run the step again. Raises CaptureError if it issues other operations than before."""
@@ -103,8 +105,9 @@ class HostGraph:
             outputs = self._run()
         if len(operations) < len(self._operations):
             _compare(self._operations, len(operations), None)
-        for static, fresh in zip(self.outputs, outputs, strict=True):
-            _copy(static, fresh)
+        with torch.inference_mode():  # copies that autograd would record live for ever
+            for static, fresh in zip(self.outputs, outputs, strict=True):
+                _copy(static, fresh)
 
 
 def _compare(recorded: Sequence[Operation], at: int, issued: Operation | None) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from ep_runtime.errors import CaptureError, ShapeError
-
-Tensors = dict[str, torch.Tensor]
+from ep_runtime.graphs.modes import Tensors, plain
 
 
 class StaticInputs:
@@ -31,21 +30,26 @@ class StaticInputs:
                     f"make_inputs({capacity}) gave {name!r} on {tensor.device}; allocate it on the "
                     f"buffer's device {device}"
                 )
-        self._storage = dict(storage)
-        self.num_tokens = torch.zeros((), dtype=torch.int32, device=device)
+        self._storage = {name: plain(tensor) for name, tensor in storage.items()}
+        self._extents = [_extent(tensor, capacity) for tensor in self._storage.values()]
+        self.num_tokens = plain(torch.zeros((), dtype=torch.int32, device=device))
 
     def views(self, bucket: int) -> Tensors:
-        """The inputs of one bucket."""
+        """The inputs of one bucket, as tensors of their own: what autograd makes of one, if the
+        caller fills it with gradients on, reaches neither the step nor the other buckets.
+        """
         return {
-            name: tensor if tensor.dim() == 0 else tensor[:bucket]
+            name: (tensor if tensor.dim() == 0 else tensor[:bucket]).detach()
             for name, tensor in self._storage.items()
         }
 
+    @torch.inference_mode()
     def load(self, inputs: Mapping[str, torch.Tensor] | None, num_tokens: int) -> None:
         """Copy the first `num_tokens` rows in and set the scalar; nothing synchronises.
 
-        `None` leaves the tensors as the caller has filled them. Copies from pageable host memory
-        are staged by CUDA and wait for it; pin such inputs. check() comes first.
+        `None` leaves the tensors as the caller has filled them. Gradients stay behind. Copies from
+        pageable host memory are staged by CUDA and wait for it; pin such inputs. check() comes
+        first.
         """
         if inputs is not None:
             for name, tensor in inputs.items():
@@ -63,6 +67,8 @@ class StaticInputs:
         """Raise ShapeError unless load() can copy these."""
         if inputs is None:
             return
+        if not isinstance(inputs, Mapping):
+            raise ShapeError(f"inputs is a {type(inputs).__name__}; give a dict of tensors by name")
         if inputs.keys() != self._storage.keys():
             raise ShapeError(
                 f"inputs {sorted(inputs)} were given, the step was captured with "
@@ -70,6 +76,11 @@ class StaticInputs:
             )
         for name, tensor in inputs.items():
             target = self._storage[name]
+            if not _has_values(tensor):
+                raise ShapeError(
+                    f"input {name!r} is {_described(tensor)}; give a dense tensor like the one the "
+                    f"step was captured with, {target.dtype} {list(target.shape)}"
+                )
             if tensor.dtype is not target.dtype or tensor.shape[1:] != target.shape[1:]:
                 raise ShapeError(
                     f"input {name!r} is {tensor.dtype} {list(tensor.shape)}, the step was captured "
@@ -80,6 +91,56 @@ class StaticInputs:
                     f"input {name!r} has shape {list(tensor.shape)}, num_tokens is {num_tokens}; "
                     "give at least num_tokens rows"
                 )
+        if not all(map(self._is_outside, inputs.values())):
+            self._check_overlap(inputs, num_tokens)
+
+    def _is_outside(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is seen at a glance, as every replay asks, to share no static memory."""
+        begin = tensor.data_ptr()
+        end = begin + tensor.nbytes
+        for low, high in self._extents:
+            if begin < high and low < end:
+                return False
+        return tensor.is_contiguous()
+
+    def _check_overlap(self, inputs: Mapping[str, torch.Tensor], num_tokens: int) -> None:
+        """Raise ShapeError where a copy would change rows that it, or a later one, still reads."""
+        written: list[tuple[str, int, int]] = []
+        for name, tensor in inputs.items():
+            target = self._storage[name]
+            begin, end = _extent(tensor, num_tokens)
+            low, high = _extent(target, num_tokens)
+            if begin != low or tensor.stride() != target.stride():  # else it is there already
+                written.append((name, low, high))
+            for static, first, last in written:
+                if begin < last and first < end:
+                    raise ShapeError(
+                        f"input {name!r} is in the memory of static input {static!r}, whose first "
+                        f"{num_tokens} rows are about to be overwritten; pass a clone() of it"
+                    )
+
+
+def _has_values(tensor: object) -> bool:
+    """A dense tensor in memory: not sparse, not on meta."""
+    return (
+        isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and not tensor.is_meta
+    )
+
+
+def _described(given: object) -> str:
+    if not isinstance(given, torch.Tensor):
+        return f"a {type(given).__name__}"
+    return f"a tensor of {given.layout} on {given.device}"
+
+
+def _extent(tensor: torch.Tensor, rows: int) -> tuple[int, int]:
+    """Addresses from the first byte of the first rows to behind their last; a scalar is whole."""
+    shape = (rows, *tensor.shape[1:]) if tensor.dim() else ()
+    begin = tensor.data_ptr()
+    if 0 in shape:
+        return begin, begin
+    last = sum((size - 1) * step for size, step in zip(shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()
 
 
 def checked_outputs(outputs: Any, num_ranks: int = 1) -> list[Tensors]:

@@ -177,7 +177,8 @@ void run_rank(int me, const Case& c, const Place& place, Shared& shared) {
                                  .weights = weights.data(),
                                  .num_tokens = c.num_tokens,
                                  .routing = routing};
-    const CombineOutput sums{.out = out.data(), .num_tokens = c.num_tokens, .routing = routing};
+    const CombineOutput sums{
+        .late_weights = c.late, .out = out.data(), .num_tokens = c.num_tokens, .routing = routing};
     // Apart from the default stream, where the other rank of this GPU may be copying; so what was
     // copied there above must have arrived first.
     cudaStream_t stream;

@@ -33,10 +33,11 @@ __device__ __forceinline__ void report_combine_reader(const View& view, uint64_t
 // what lets a peer use the inbox of this parity again: it waits for the same word of this epoch in
 // its receive, and sends to that inbox only in the combine after the next.
 // The word comes with the terms that all ranks must share.
-__device__ __forceinline__ void announce_combine(const View& view, Wire wire, const Turn& turn) {
+__device__ __forceinline__ void announce_combine(const View& view, const CombineInput& in,
+                                                 const Turn& turn) {
     if (threadIdx.x >= 32) return;
     const int64_t line = view.ready_out + (turn.epoch & 1) * view.num_ranks * kLineBytes;
-    const uint64_t terms = pack_terms(turn.absent.digest(view), wire);
+    const uint64_t terms = pack_terms(turn.absent.digest(view), in.wire, in.late_weights);
 #pragma unroll 1
     for (int r = threadIdx.x; r < view.num_ranks; r += 32) {
         if (turn.absent.has(view, r)) continue;
@@ -46,10 +47,10 @@ __device__ __forceinline__ void announce_combine(const View& view, Wire wire, co
 
 // CTA 0's last warp: all ranks are in this combine, under the same terms, and all CTAs of this one
 // know its epoch.
-__device__ __noinline__ inline void settle_combine(const View& view, Wire wire, int64_t* wait_ns,
+__device__ __noinline__ inline void settle_combine(const View& view, const CombineOutput& out,
                                                    Turn turn) {
     const uint64_t epoch = turn.epoch;
-    const uint64_t terms = pack_terms(turn.absent.digest(view), wire);
+    const uint64_t terms = pack_terms(turn.absent.digest(view), out.wire, out.late_weights);
     Watch watch{view, Op::kCombine};
     const bool have_read = all_have_read(view.state->combine_readers);
     const uint8_t* lines = view.ready_in + (epoch & 1) * view.num_ranks * kLineBytes;
@@ -65,7 +66,7 @@ __device__ __noinline__ inline void settle_combine(const View& view, Wire wire, 
         const bool differs = asked && line.lo != terms;
         if (differs) fail(view, FaultCode::kTerms, Op::kCombine, r, terms, line.lo);
         if (__any_sync(kFullWarp, differs)) return;
-        if (wait_ns != nullptr && asked) wait_ns[r] += waited;
+        if (out.wait_ns != nullptr && asked) out.wait_ns[r] += waited;
     }
     advance(view.state->combined, view.state->combine_readers, epoch, have_read);
 }
@@ -102,7 +103,7 @@ __device__ __forceinline__ void combine_send(const View& view, const CombineInpu
                                              const FirstItem& first) {
     table.push(view, in, turn, true);
     if (blockIdx.x == 0) {
-        announce_combine(view, in.wire, turn);
+        announce_combine(view, in, turn);
         if (threadIdx.x == 0) note_combined(view, in, turn.absent);
     } else {
         Sums::template send<OwnRows::kThroughInbox, kWeights>(view, in, turn, share_after(1),
@@ -118,7 +119,7 @@ __device__ __forceinline__ void combine_recv(const View& view, const CombineOutp
         Sums::template receive<OwnRows::kThroughInbox, Weights::kKnown>(view, {}, out, turn,
                                                                         share_after(1));
     } else if (keeps_order()) {
-        settle_combine(view, out.wire, out.wait_ns, turn);
+        settle_combine(view, out, turn);
     }
 }
 
@@ -132,9 +133,9 @@ __device__ __forceinline__ void combine_both(const View& view, const CombineInpu
     const int index = static_cast<int>(blockIdx.x) - 1;
     table.push(view, in, turn, false);
     if (index < 0) {
-        announce_combine(view, in.wire, turn);
+        announce_combine(view, in, turn);
         report_combine_reader(view, turn.epoch);
-        if (keeps_order()) settle_combine(view, in.wire, out.wait_ns, turn);
+        if (keeps_order()) settle_combine(view, out, turn);
         if (threadIdx.x == 0) note_combined(view, in, turn.absent);
     } else if (index < send_ctas) {
         Sums::template send<kOwn, kWeights>(view, in, turn, Share::of(index, send_ctas), first);

@@ -145,22 +145,25 @@ __device__ __noinline__ inline void note_ranges(const View& view, const RecvTarg
     }
 }
 
-// CTA 0: every source must count within the inbox, and work with this rank's mask. A difference
-// ends the group, and every wait that may not be served ends with it.
-__device__ __forceinline__ uint32_t checked_word(const View& view, Absent absent, int source,
-                                                 int word, RecvScratch scratch) {
+// CTA 0: every source must work under this rank's terms. A difference ends the group, and every
+// wait that may not be served ends with it.
+__device__ __forceinline__ void check_terms(const View& view, Wire wire, Absent absent, int source,
+                                            RecvScratch scratch) {
+    const uint32_t mask = absent.digest(view);
+    const uint32_t theirs = scratch.word(view, source, RecvScratch::byte_of(CountsLayout::kTerms));
+    if (theirs == mix_terms(mask, wire) || absent.leaves_out(view, source)) return;
+    fail(view, FaultCode::kTerms, Op::kDispatch, source, pack_terms(mask, wire),
+         unmix_terms(theirs, mask, wire));
+}
+
+// The same for what it counts, which must be within the inbox.
+__device__ __forceinline__ uint32_t checked_word(const View& view, int source, int word,
+                                                 RecvScratch scratch) {
     const auto limit = static_cast<uint32_t>(view.max_tokens);
     const uint32_t n = scratch.word(view, source, RecvScratch::byte_of(word));
-    if (word == CountsLayout::kMask) {
-        const uint32_t mask = absent.digest(view);
-        if (n == mask || absent.leaves_out(view, source)) return n;
-        fail(view, FaultCode::kTerms, Op::kDispatch, source, pack_terms(mask, Wire::kBf16),
-             pack_terms(n, Wire::kBf16));
-    } else if (n > limit) {
-        fail(view, FaultCode::kCount, Op::kDispatch, source, limit, n);
-        return limit;
-    }
-    return n;
+    if (n <= limit) return n;
+    fail(view, FaultCode::kCount, Op::kDispatch, source, limit, n);
+    return limit;
 }
 
 // CTA 0 tells the caller, and the statistics, what came. All threads; the router has the messages.
@@ -176,13 +179,13 @@ __device__ __forceinline__ void report_counts(const View& view, const RecvTarget
         const int i = base + first;
         uint32_t sum = 0;
         if (routes && i < count) {
-            checked_word(view, absent, i, CountsLayout::kMask, scratch);
-            sum = checked_word(view, absent, i, CountsLayout::kMessages, scratch);
+            check_terms(view, target.wire, absent, i, scratch);
+            sum = checked_word(view, i, CountsLayout::kMessages, scratch);
             target.routing.received[i] = target.num_messages[i] = static_cast<int32_t>(sum);
         } else if (i < count) {
 #pragma unroll 1
             for (int s = 0; s < view.num_ranks; ++s) {
-                sum += checked_word(view, absent, s, CountsLayout::kRows + i, scratch);
+                sum += checked_word(view, s, CountsLayout::kRows + i, scratch);
             }
             target.recv_count[i] = static_cast<int32_t>(sum);
             if (target.cumulative_count != nullptr) target.cumulative_count[i] += sum;

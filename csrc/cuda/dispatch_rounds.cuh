@@ -244,7 +244,6 @@ __device__ __forceinline__ void dispatch_send_rounds(const View& view, const Sen
     }
     const RouteCounts& counts = scratch.first.counts;
     count_tokens(view, in, turn.absent, num_tokens, counts);
-    if (turn.absent.maybe != 0) count_mask(view, turn.absent, counts);
     __syncthreads();
     if (this_warp() != kClerk) announce_counts(view, in, turn, num_tokens, scratch.first);
 }

@@ -41,19 +41,11 @@ __device__ __forceinline__ int valid_tokens(const View& view, const SendInput& i
     return in.num_valid == nullptr ? n : max(0, min(n, *in.num_valid));
 }
 
-// Out of line, since masks are rare: the digest that goes with the counts. All threads.
-__device__ __noinline__ inline void count_mask(const View& view, Absent absent,
-                                               RouteCounts counts) {
-    const uint32_t mask = absent.digest(view);
-#pragma unroll 1
-    for (int r = threadIdx.x; r < view.num_ranks; r += kThreads) {
-        counts.words[r * view.counts_words + CountsLayout::kMask] = static_cast<int32_t>(mask);
-    }
-}
-
-// All threads but the clerk's.
-__device__ __forceinline__ void push_counts(const View& view, const Turn& turn,
+// All threads but the clerk's. The terms' word is zero in shared memory: it goes in on the way.
+__device__ __forceinline__ void push_counts(const View& view, Wire wire, const Turn& turn,
                                             RouteCounts counts) {
+    static_assert(CountsLayout::kTerms == 1);
+    const uint64_t terms = uint64_t{mix_terms(turn.absent.digest(view), wire)} << 32;
     const uint64_t epoch = turn.epoch;
     const int64_t slot = view.counts_out + (epoch & 1) * view.num_ranks * view.counts_stride;
     const int granules = view.counts_words / 2;
@@ -67,7 +59,7 @@ __device__ __forceinline__ void push_counts(const View& view, const Turn& turn,
         if (v >= view.counts_vectors || turn.absent.leaves_out(view, dst)) continue;
         const int g = first_granule(v);
         const uint64_t* from = words + dst * granules + g;
-        const uint64_t lo = g < granules ? from[0] : 0;
+        const uint64_t lo = (g < granules ? from[0] : 0) | (g == 0 ? terms : 0);
         const uint64_t hi = holds_tag(v) ? epoch : (g + 1 < granules ? from[1] : 0);
         ptx::store_line_vector(view.peer[dst] + slot + 16 * v, {lo, hi});
     }
@@ -78,7 +70,7 @@ __device__ __forceinline__ void push_counts(const View& view, const Turn& turn,
 __device__ __forceinline__ void announce_counts(const View& view, const SendInput& in,
                                                 const Turn& turn, int num_tokens,
                                                 SendScratch scratch) {
-    push_counts(view, turn, scratch.counts);
+    push_counts(view, in.wire, turn, scratch.counts);
     // Padding rows went nowhere: combine must not look for them.
     const int padded = min(in.num_tokens, view.max_tokens) * view.num_ranks;
 #pragma unroll 1
@@ -277,7 +269,6 @@ __device__ __forceinline__ void dispatch_send(const View& view, const SendInput&
         next.route.inbox = inbox_at(view, static_cast<int>(threadIdx.x & 31), turn.epoch);
     }
     if (first > 0) count_tokens(view, in, turn.absent, first, scratch.counts);
-    if (announces && turn.absent.maybe != 0) count_mask(view, turn.absent, scratch.counts);
     if (!announces && this_warp() == kRouter) next.route.check(view, turn.absent);
     if (first > 0 || announces) __syncthreads();
     const bool clerk = this_warp() == kClerk;

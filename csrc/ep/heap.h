@@ -126,8 +126,8 @@ struct RecvTarget {
     Routing routing;
 };
 
-// The rows a combine sends home, BF16, as the receive laid them out. `wire`: how their sums travel,
-// the same in the input and the output.
+// The rows a combine sends home, BF16, as the receive laid them out. `wire`: how their sums travel;
+// it and late_weights are the same in the input and the output.
 struct CombineInput {
     Wire wire = Wire::kBf16;
     const uint16_t* y;
@@ -140,6 +140,7 @@ struct CombineInput {
 
 struct CombineOutput {
     Wire wire = Wire::kBf16;
+    bool late_weights = false;
     uint16_t* out;  // [T, H]
     int32_t num_tokens;
     const int32_t* num_valid;  // device scalar; nullptr: all rows are real

@@ -65,8 +65,8 @@ struct MessageLayout {
     }
 };
 
-// What a source announces to one receiver before its rows, 4 bytes a word: messages, the digest of
-// its mask, then rows for each of the receiver's experts.
+// What a source announces to one receiver before its rows, 4 bytes a word: messages, the terms it
+// works under (mix_terms), then rows for each of the receiver's experts.
 struct CountsLayout {
     int32_t words;
     int32_t bytes;
@@ -74,7 +74,7 @@ struct CountsLayout {
     int32_t stride;
 
     static constexpr int kMessages = 0;
-    static constexpr int kMask = 1;
+    static constexpr int kTerms = 1;
     static constexpr int kRows = 2;
 
     static EP_HD CountsLayout make(const Shape& s) {

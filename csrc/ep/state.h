@@ -89,10 +89,24 @@ struct FaultBoard {
     uint32_t routing_claimed;
 };
 
-// What ranks must agree on in every operation, as they tell each other: the mask, and how a
-// combine's rows travel.
-EP_HD uint64_t pack_terms(uint32_t mask_digest, Wire combine) {
-    return static_cast<uint64_t>(static_cast<uint32_t>(combine)) << 32 | mask_digest;
+// What ranks must agree on in every operation, as they tell each other: the mask, how rows travel,
+// and in a combine whether weights come with it.
+inline constexpr uint64_t kLateTerm = 1ull << 40;
+EP_HD uint64_t pack_terms(uint32_t mask_digest, Wire wire, bool late_weights = false) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(wire)) << 32 | mask_digest |
+           (late_weights ? kLateTerm : 0);
+}
+// A dispatch's, in the one word that is free beside its counts.
+EP_HD uint32_t mix_terms(uint32_t mask_digest, Wire wire) {
+    return mask_digest ^ static_cast<uint32_t>(wire) * 0x9e3779b1u;
+}
+// What a peer's word means to a rank with this mask: another format, or else another mask.
+EP_HD uint64_t unmix_terms(uint32_t word, uint32_t mask_digest, Wire own) {
+    for (int w = 0; w < kNumWires; ++w) {
+        const Wire wire = static_cast<Wire>(w);
+        if (word == mix_terms(mask_digest, wire)) return pack_terms(mask_digest, wire);
+    }
+    return pack_terms(mix_terms(word, own), own);
 }
 
 // The abort word in a heap: who noticed what about whom. 0: all is well.

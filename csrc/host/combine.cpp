@@ -61,18 +61,18 @@ void announce(const Context& context, const Masks& masks, int chain, const Combi
             store_release(tag_of(slot, context.layout.weights_stride), epoch);
         }
         uint8_t* ready = context.ready_at(d, chain, epoch, context.rank);
-        const uint64_t terms = pack_terms(masks.digest(), in.wire);
+        const uint64_t terms = pack_terms(masks.digest(), in.wire, in.late_weights);
         std::memcpy(ready, &terms, sizeof(terms));
         store_release(tag_of(ready, kLineBytes), epoch);
     }
 }
 
 // Waits for rank r's word that it is in this combine, under the same terms.
-bool await_ready(const Context& context, Where where, const Masks& masks, Wire wire, uint64_t epoch,
-                 int r, Waiter* waiter) {
+bool await_ready(const Context& context, Where where, const Masks& masks, const CombineOutput& out,
+                 uint64_t epoch, int r, Waiter* waiter) {
     const uint8_t* line = context.ready_at(context.rank, where.chain, epoch, r);
     if (!waiter->wait(tag_of(line, kLineBytes), r)) return false;
-    const uint64_t ours = pack_terms(masks.digest(), wire);
+    const uint64_t ours = pack_terms(masks.digest(), out.wire, out.late_weights);
     uint64_t theirs = 0;
     std::memcpy(&theirs, line, sizeof(theirs));
     if (theirs != ours) fail(context, where, FaultCode::kTerms, r, ours, theirs);
@@ -152,7 +152,7 @@ void HostRank::combine_recv(int chain, const CombineOutput& out) {
     const Masks masks(context_);
     for (int r = 0; r < shape.num_ranks; ++r) {
         if (masks.has(r)) continue;
-        const bool ready = await_ready(context_, where, masks, out.wire, epoch, r, &waiter);
+        const bool ready = await_ready(context_, where, masks, out, epoch, r, &waiter);
         const uint64_t blocked_ns = waiter.take_blocked_ns();
         if (out.wait_ns != nullptr) out.wait_ns[r] += blocked_ns;
         if (!ready) return;

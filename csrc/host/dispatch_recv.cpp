@@ -90,10 +90,12 @@ class Receive {
         if (!arrived) return false;
         std::memcpy(counts_.data() + source * words_, slot, layout.bytes);
 
-        const uint32_t digest = counts_[source * words_ + CountsLayout::kMask];
-        if (digest != masks_.digest()) {
-            fail(context_, where_, FaultCode::kTerms, source,
-                 pack_terms(masks_.digest(), Wire::kBf16), pack_terms(digest, Wire::kBf16));
+        const uint32_t terms = counts_[source * words_ + CountsLayout::kTerms];
+        const uint32_t mask = masks_.digest();
+        const Wire wire = target_.wire;
+        if (terms != mix_terms(mask, wire)) {
+            fail(context_, where_, FaultCode::kTerms, source, pack_terms(mask, wire),
+                 unmix_terms(terms, mask, wire));
             return false;
         }
         const Shape& shape = context_.shape;

@@ -103,9 +103,10 @@ class NormalHandle:
 class NormalReceived:
     """Rows that other ranks (and this one) sent here: by source rank, then token.
 
-    The first five tensors share one piece of memory, which is reused when the last of them is
-    dropped. Worst-case mode: what lies in rows that nobody sent is undefined, but for topk_idx
-    (-1) and topk_weights (0).
+    Memory of x is reused when x and its views are dropped; scales, topk_idx, topk_weights and
+    source_token share another piece, which is reused when the last of them is. Where the pool had
+    no room (or is none: pool_bytes=0), each is an ordinary tensor. Worst-case mode: what lies in
+    rows that nobody sent is undefined, but for topk_idx (-1) and topk_weights (0).
 
     x                [N, H], the dtype that was sent
     scales           [N, G] (or [N]) as sent, contiguous; None without

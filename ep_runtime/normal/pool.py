@@ -91,20 +91,25 @@ class Pool:
             self._blocks += 1
         return block
 
-    def shorten(self, block: Block, num_bytes: int) -> None:
-        """Free what a block has behind its first `num_bytes`, which nobody has touched."""
-        size = _rounded(num_bytes)
-        spare = block.num_bytes - size
-        if spare <= 0:
-            return
+    def divide(self, block: Block, first: int, second: int) -> Block | None:
+        """Leave a block its first `first` bytes, and make the `second` bytes behind them a block of
+        their own: each is given back by itself. Free the rest, which nobody has touched.
+
+        first: a multiple of ALIGNMENT, unless second=0; then there is no second block.
+        """
+        start, end = block.offset + _rounded(first), block.offset + block.num_bytes
         with self._lock:
-            self._take_back()
             self._busy = True
             try:
-                block.num_bytes = size
-                end = block.offset + size + spare
-                _insert(self._free, _Free(end - spare, end, block.uses))
-                self._in_use -= spare
+                block.num_bytes = start - block.offset
+                other = None
+                if second:
+                    other = Block(start, _rounded(second), block.captured, block.uses)
+                    start += other.num_bytes
+                    self._blocks += 1
+                if start < end:
+                    self._release(_Free(start, end, block.uses), block.captured)
+                return other
             finally:
                 self._busy = False
 
@@ -126,12 +131,14 @@ class Pool:
         self._blocks -= 1
         self._number += 1
         uses: Uses = {} if use is None else {use[0]: (self._number, use[1])}
-        freed = _Free(block.offset, block.offset + block.num_bytes, uses)
-        if block.captured:
+        self._release(_Free(block.offset, block.offset + block.num_bytes, uses), block.captured)
+
+    def _release(self, freed: _Free, captured: bool) -> None:
+        if captured:
             _insert(self._free_captured, freed)  # still in use: a replay writes to it
         else:
+            self._in_use -= freed.end - freed.start  # before it joins its neighbours
             _insert(self._free, freed)
-            self._in_use -= block.num_bytes
 
 
 def _rounded(num_bytes: int) -> int:
@@ -163,6 +170,8 @@ def _insert(free: list[_Free], freed: _Free) -> None:
 
 
 def _later(a: Uses, b: Uses) -> Uses:
+    if not a or not b:
+        return a or b
     merged = dict(a)
     for stream, use in b.items():
         if stream not in merged or merged[stream][0] < use[0]:

@@ -125,10 +125,12 @@ class NormalRank(Member):
     def reset(self) -> None:
         """Forget everything in flight and every fault. Collective, synchronises.
 
-        Raises PeerTimeout if a rank does not come.
+        Raises PeerTimeout if a rank does not come: call it again on every rank.
         """
         self._ops.synchronize()
-        self.world.barrier()
+        self.world.between_meetings(self._forget_all)
+
+    def _forget_all(self) -> None:
         for one in (self, *self._parts):
             one._ops.native.reset()
         self._reset_wire()
@@ -136,7 +138,6 @@ class NormalRank(Member):
         self._most_received = 0  # ranks that gave up did not learn what others did
         self._routing_told = 0
         self._apply_budget(self._budget_s)
-        self.world.barrier()
 
     def _reset_wire(self) -> None:
         """Forget what peers put and this rank counted of it; there is nothing of it here."""

@@ -23,7 +23,8 @@ class Target:
     offset  of the memory in the heap: what this rank tells its peers
     rows    that there is room for
     parts   bytes from the beginning of the memory to its arrays
-    block   of the pool, which the tensors will own; None: the staging block
+    block   of the pool, which the tensors will own: the rows one part of it, the others the rest;
+            None: the staging block
     copied  the next dispatch needs the staging block: the tensors must be copies
 
     As a context: what raises within gives the memory back.
@@ -69,12 +70,6 @@ class Target:
         """To wait for before anybody writes."""
         return {} if self.block is None else self.block.uses
 
-    def shorten(self, rows: Outgoing, num_rows: int) -> None:
-        """Fewer rows come than there is room for: the rest goes back. Peers write only rows that
-        they announced, so nothing of it was touched."""
-        if self.block is not None:
-            self.heap.pool.shorten(self.block, self.parts["x"] + num_rows * rows.row_bytes)
-
     def drop(self) -> None:
         """Nothing was received."""
         if self.block is not None:
@@ -100,19 +95,23 @@ class Target:
         per_expert: list[int],
         counts: torch.Tensor | None,
     ) -> NormalReceived:
-        """The tensors, which are copied on the dispatch's stream if they must. Called behind the
-        dispatch: the GPU need not wait for this."""
+        """The tensors, which are copied on the dispatch's stream if they must: each by itself, so
+        that each has memory of its own. Called behind the dispatch: the GPU need not wait for this.
+        """
         n, at = handle.num_rows, self.parts
-        base = self.heap.view(self.offset, at["x"] + n * rows.row_bytes, self.block)
-        if self.copied:
-            base = base.clone()
-        memory = base.untyped_storage()
+        described, memory, device = self._memory(n * rows.row_bytes)
+
+        def over(
+            memory: torch.UntypedStorage, start: int, dtype: torch.dtype, *shape: int
+        ) -> torch.Tensor:
+            # One step instead of a slice and two views, for each of five tensors.
+            empty = torch.empty(0, dtype=dtype, device=device)
+            rows_apart = (*shape[1:], 1)  # of one or two dimensions
+            made = empty.set_(memory, start // dtype.itemsize, shape, rows_apart)
+            return made.clone() if self.copied else made
 
         def part(name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-            # One step instead of a slice and two views, for each of five tensors.
-            empty = torch.empty(0, dtype=dtype, device=base.device)
-            rows_apart = (*shape[1:], 1)  # of one or two dimensions
-            return empty.set_(memory, at[name] // dtype.itemsize, shape, rows_apart)
+            return over(described, at[name], dtype, *shape)
 
         scales = None
         if rows.scales is not None:
@@ -121,7 +120,7 @@ class Target:
         has_idx, has_weights = routes.topk_idx is not None, routes.topk_weights is not None
         table = (n, routes.topk)
         return NormalReceived(
-            part("x", rows.x.dtype, n, rows.x.shape[1]),
+            over(memory, 0, rows.x.dtype, n, rows.x.shape[1]),
             scales,
             part("topk_idx", torch.int64, *table) if has_idx else None,
             part("topk_weights", torch.float32, *table) if has_weights else None,
@@ -130,6 +129,24 @@ class Target:
             counts,
             handle,
         )
+
+    def _memory(
+        self, num_bytes: int
+    ) -> tuple[torch.UntypedStorage, torch.UntypedStorage, torch.device]:
+        """(what describes rows, the rows in so many bytes, where they are): each goes back with the
+        last tensor over it. A handle or routes that are kept for long keep no rows.
+
+        Where fewer rows come than there is room for, the rest goes back now: peers write only rows
+        that they announced, so nothing of it was touched.
+        """
+        heap, start, block = self.heap, self.parts["x"], self.block
+        behind = None if block is None else heap.pool.divide(block, start, num_bytes)
+        described = heap.view(self.offset, start, block)
+        if num_bytes:
+            rows = heap.view(self.offset + start, num_bytes, behind)
+        else:  # there may be no heap behind the block
+            rows = torch.empty(0, dtype=torch.uint8, device=described.device)
+        return described.untyped_storage(), rows.untyped_storage(), described.device
 
 
 def _parts(rows: Outgoing, routes: Routes, num_rows: int) -> dict[str, int]:

@@ -137,7 +137,6 @@ class NormalSteps(GrowingRank):
         handle = self._handle(rows, layout, tables, num_experts, told, exact=True)
         if ahead is not None and told.most_rows <= ahead.rows:
             self.stats.dispatches += 1
-            ahead.shorten(rows, told.rows)
             return ahead.received(rows, routes, handle, told.per_expert, counts)
         if ahead is not None:
             ahead.drop()
@@ -261,7 +260,7 @@ class NormalSteps(GrowingRank):
             self._streams.wait_for(target.uses)
             return target
         self.stats.copied_dispatches += 1
-        if not self._copy_told:
+        if heap.sizes.pool and not self._copy_told:  # without a pool they were meant to be
             self._copy_told = True
             log.info(
                 "rank %d: the pool (%d bytes, %d in use) has no room for %d received rows; they are"

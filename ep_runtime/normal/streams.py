@@ -16,12 +16,13 @@ class StreamOrder:
     Operations of a rank share their counters and its inbox. On one stream they are in order; when
     the stream changes, the new one waits for all that the last one holds at that moment. Between
     a capture and what is outside of it no event can be waited for: whoever replays a graph puts it
-    where its operations belong, as for any graph.
+    where its operations belong, as for any graph. So captured and eager operations are each in an
+    order of their own.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._last: torch.cuda.Stream | None = None
+        self._last: dict[bool, torch.cuda.Stream] = {}  # by whether it was being captured
 
     def capturing(self) -> bool:
         """The device's current stream is being captured."""
@@ -31,13 +32,14 @@ class StreamOrder:
         """Before an operation that communicates."""
         if self._device.type == "cpu":
             return
-        stream = current.stream(self._device)
-        last, self._last = self._last, stream
+        stream, captured = current.stream(self._device), self.capturing()
+        last = self._last.get(captured)
+        self._last[captured] = stream
         if last is None or last.cuda_stream == stream.cuda_stream:
             return
         with torch.cuda.stream(last):
             last_captured = torch.cuda.is_current_stream_capturing()
-        if last_captured == self.capturing():
+        if last_captured == captured:  # else its capture is over, or has begun since
             stream.wait_stream(last)
 
     def wait_for(self, uses: Mapping[int, tuple[int, Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -71,6 +71,13 @@ class ThreadWorld(World):
     def barrier(self, *, timeout_s: float | None = None) -> None:
         """Return when the thread of every rank has called it."""
         self.all_gather(b"", timeout_s=timeout_s)
+
+    def between_meetings(self, step: Callable[[], None], absent: Collection[int] = ()) -> None:
+        """Normal operations have no masks: nobody is absent."""
+        del absent
+        self.barrier()
+        step()
+        self.barrier()
 
     def part(self, members: Sequence[int]) -> ThreadWorld:
         """The world of some ranks of this one."""

@@ -12,7 +12,7 @@ A micro-batch is a generator that yields each pending receive and gets its resul
 `run_serial`.
 """
 
-from ep_runtime.scheduler.clock import Clock, CudaClock, HostClock, clock_for
+from ep_runtime.scheduler.clock import Clock, CudaClock, HostClock, clock_for, default_clock
 from ep_runtime.scheduler.plan import OverlapPlan, choose, plan, trace
 from ep_runtime.scheduler.run import MicroBatch, Stage, Waitable, run_interleaved, run_serial
 from ep_runtime.scheduler.timeline import Span, Timeline, predict
@@ -29,6 +29,7 @@ __all__ = [
     "Waitable",
     "choose",
     "clock_for",
+    "default_clock",
     "plan",
     "predict",
     "run_interleaved",

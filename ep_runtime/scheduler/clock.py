@@ -50,3 +50,10 @@ class CudaClock:
 def clock_for(device: torch.device) -> Clock:
     """CUDA events for a GPU, the host's clock for the CPU."""
     return CudaClock(device) if device.type == "cuda" else HostClock()
+
+
+def default_clock() -> Clock:
+    """CUDA events of the current device once CUDA is in use, before that the host's clock."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return HostClock()
+    return clock_for(torch.device("cuda", torch.cuda.current_device()))

@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ep_runtime.scheduler.clock import Clock, HostClock
+from ep_runtime.errors import ConfigError
+from ep_runtime.scheduler.clock import Clock, default_clock
 from ep_runtime.scheduler.run import (
     MicroBatch,
     Observer,
@@ -81,11 +82,17 @@ def choose(
 ) -> OverlapPlan:
     """Time two ways to run the same step (for example the replays of two graphs).
 
+    `clock`: where none is given, CUDA events on the current stream of the current device if CUDA
+    is in use (`torch.cuda.is_initialized()`), else the host's clock, for which a step must be done
+    when it returns. `clock_for(device)` makes the clock of another device, or of the CPU.
     `world`: a group of processes, which must all call this; the slowest rank's medians decide, so
     that every rank decides alike. Interleaving must gain `min_gain` of the serial time. Not
-    capturable: synchronises.
+    capturable: synchronises. Raises ConfigError for `repeats` below 1 or `warmup` below 0, before
+    anything runs.
     """
-    used = HostClock() if clock is None else clock
+    _require_at_least("repeats", repeats, 1, "the median of no runs says nothing")
+    _require_at_least("warmup", warmup, 0, "0 measures from the first run on")
+    used = default_clock() if clock is None else clock
     times = [_median_us(step, used, repeats, warmup) for step in (serial, interleaved)]
     serial_us, interleaved_us = _slowest(times, world)
     return OverlapPlan(interleaved_us < serial_us * (1.0 - min_gain), serial_us, interleaved_us)
@@ -101,7 +108,7 @@ def plan(
     min_gain: float = 0.02,
 ) -> OverlapPlan:
     """Run fresh micro-batches eagerly both ways, measure, predict and choose; see `choose`."""
-    used = HostClock() if clock is None else clock
+    used = default_clock() if clock is None else clock
     chosen = choose(
         lambda: run_serial(make_batches()),
         lambda: run_interleaved(make_batches()),
@@ -144,6 +151,11 @@ def trace(
     at = clock.read(marks)
     spans = (Span(*label, at[2 * i], at[2 * i + 1]) for i, label in enumerate(labels))
     return results, Timeline(tuple(spans))
+
+
+def _require_at_least(name: str, value: int, least: int, why: str) -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value}: it must be at least {least} ({why})")
 
 
 def _median_us(step: Callable[[], object], clock: Clock, repeats: int, warmup: int) -> float:

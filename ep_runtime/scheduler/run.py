@@ -11,8 +11,9 @@ run the same order: a group of which some ranks interleave and others do not wai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Protocol, TypeVar
 
 from ep_runtime.errors import SequenceError
@@ -44,30 +45,39 @@ def run_interleaved(batches: Sequence[MicroBatch], observe: Observer = _unobserv
     A micro-batch given as a list of generators (the ranks of a virtual group) returns the list of
     their results; all its ranks send before any of them receives. Micro-batches in flight together
     need a chain each. Capturable. Raises SequenceError where the ranks of a micro-batch do not
-    communicate equally often; what a generator raises passes through, and the others are closed.
+    communicate equally often; what a generator raises passes through, and the others are closed:
+    what they raise in turn becomes a note (PEP 678) on that first error.
     """
     lanes = [_Lane(i, batch, observe) for i, batch in enumerate(batches)]
-    try:
+    with _closing(lanes):
         active = [lane for lane in lanes if lane.compute()]
         while active:
             active = [lane for lane in active if lane.wait() and lane.compute()]
-    finally:
-        for lane in lanes:
-            lane.close()
     return [lane.result for lane in lanes]
 
 
 def run_serial(batches: Sequence[MicroBatch], observe: Observer = _unobserved) -> list[Any]:
     """The same results without overlap: each micro-batch runs to its end before the next starts."""
     lanes = [_Lane(i, batch, observe) for i, batch in enumerate(batches)]
-    try:
+    with _closing(lanes):
         for lane in lanes:
             while lane.compute():
                 lane.wait()
-    finally:
-        for lane in lanes:
-            lane.close()
     return [lane.result for lane in lanes]
+
+
+@contextmanager
+def _closing(lanes: Sequence[_Lane]) -> Iterator[None]:
+    """After an error, which stays the one that is raised, close every generator.
+
+    Without one they have all ended.
+    """
+    try:
+        yield
+    except BaseException as first:
+        for lane in lanes:
+            lane.close(first)
+        raise
 
 
 class _Lane:
@@ -109,6 +119,16 @@ class _Lane:
             self._values = [pending.wait() for pending in self._pending]
         return True
 
-    def close(self) -> None:
+    def close(self, first: BaseException) -> None:
+        """Close every rank's generator; what that raises is noted on the first error."""
         for stage in self._stages:
-            stage.close()
+            try:
+                stage.close()
+            except BaseException as later:  # noqa: BLE001 - noted: the first error is raised
+                _note(first, f"closing micro-batch {self._index} raised as well:", later)
+
+
+def _note(first: BaseException, told: str, later: BaseException) -> None:
+    """BaseException.add_note(), which Python has from 3.11 on; 3.10 keeps notes unprinted."""
+    trace = "".join(traceback.format_exception(later, chain=False))
+    first.__dict__.setdefault("__notes__", []).append(f"{told}\n{trace.rstrip()}")

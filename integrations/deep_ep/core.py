@@ -153,11 +153,13 @@ class Core:
             )
         if use_rdma_buffer not in self._scratch:
             self._place.refuse_capture("the first get_local_buffer_tensor()", "call it once")
-            self._scratch[use_rdma_buffer] = torch.zeros(
-                total, dtype=torch.uint8, device=self._place.device
-            )
         usable = (total - offset) // dtype.itemsize * dtype.itemsize
-        flat = self._scratch[use_rdma_buffer][offset : offset + usable].view(dtype)
+        with torch.inference_mode(False):  # else nobody could write to it outside of that mode
+            if use_rdma_buffer not in self._scratch:
+                self._scratch[use_rdma_buffer] = torch.zeros(
+                    total, dtype=torch.uint8, device=self._place.device
+                )
+            flat = self._scratch[use_rdma_buffer][offset : offset + usable].view(dtype)
         if size is None:
             return flat
         if flat.numel() < size.numel():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ep_runtime.errors import SequenceError, ShapeError
+from ep_runtime.normal.streams import StreamOrder
 
 
 class EventHandle:
@@ -94,8 +95,8 @@ class EventOverlap:
 class CommStream:
     """The communication stream of one Buffer on one device; on the CPU there is only one order.
 
-    Calls that are not asynchronous run on the caller's stream, where they cost no detour. Both
-    kinds use the same memory, so whoever comes second waits for the first.
+    Calls that are not asynchronous run on the caller's stream, where they cost no detour. All use
+    the same memory and counters, so each waits for the one before, whatever stream that was on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -104,7 +105,7 @@ class CommStream:
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self._busy = False  # the last operation ran on self.stream
+        self._order = StreamOrder(device)
 
     @contextmanager
     def beside(self, previous_event: EventOverlap | None) -> Iterator[None]:
@@ -120,30 +121,22 @@ class CommStream:
             with torch.cuda.stream(stream):
                 if previous_event is not None and previous_event.event is not None:
                     previous_event.event.current_stream_wait()
+                self._order.enter()
                 yield
-            self._busy = True
 
     @contextmanager
     def here(self) -> Iterator[None]:
-        """Run the block on the current stream, behind what runs on the communication stream."""
+        """Run the block on the current stream, behind the operation before."""
         if self.stream is None:
             yield
             return
         with torch.cuda.device(self.device):
-            self.join()
+            self._order.enter()
             yield
 
     def join(self) -> None:
-        """Let the current stream wait for the communication stream, if that was used last."""
-        stream = self.stream
-        if stream is None or not self._busy:
-            return
-        current = torch.cuda.current_stream(self.device)
-        if _capturing(current) == _capturing(stream):
-            current.wait_stream(stream)
-            self._busy = False
-        # Else one is part of a graph and the other is not: a replay is ordered by whoever
-        # launches it, and CUDA refuses an edge between the two.
+        """Let the current stream wait for the last operation, if that ran on another."""
+        self._order.enter()
 
     def lend(self, used: Sequence[torch.Tensor], made: Sequence[torch.Tensor] = ()) -> None:
         """Tell the allocator who uses what: the communication stream tensors of the current
@@ -159,11 +152,6 @@ class CommStream:
             tensor.record_stream(stream)
         for tensor in made:
             tensor.record_stream(current)
-
-
-def _capturing(stream: torch.cuda.Stream) -> bool:
-    with torch.cuda.stream(stream):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def _can_be_awaited(overlap: object) -> bool:

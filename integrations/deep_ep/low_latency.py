@@ -176,7 +176,8 @@ class LowLatency:
                 config.recv_rows(buffer.num_ranks),
                 config.hidden,
             )
-            engine.combine_rows = torch.zeros(shape, dtype=torch.bfloat16, device=buffer.device)
+            with torch.inference_mode(False):  # callers write into it in any mode
+                engine.combine_rows = torch.zeros(shape, dtype=torch.bfloat16, device=buffer.device)
         return engine.combine_rows
 
     def clean(self, max_tokens: int, hidden: int, num_experts: int) -> None:

@@ -34,6 +34,9 @@ class DispatchHandle(tuple[torch.Tensor, ...]):
     recv_src_idx                int32 [N]: token at its source of each received row
     is_token_in_rank            bool [T, R]
     send_head                   int32 [T, R]: the token's index among those to that rank, or -1
+
+    recv_src_idx lies in the dispatch's receive memory, apart from the rows: keeping the handle
+    keeps no rows.
     """
 
     routing: NormalHandle
@@ -106,6 +109,7 @@ class Normal:
     def __init__(self, place: Place, pool_bytes: int) -> None:
         self._place = place
         self._pool_bytes = pool_bytes
+        self._own_tensors = env.read().own_tensors
         self._buffer: NormalBuffer | None = None
         self._ranks_per_node: int | None = None
 
@@ -268,17 +272,21 @@ class Normal:
         place, world = self._place, self._place.world
         device = place.on(tensor).device
         place.refuse_capture("the first normal call", "make an eager one")
-        told = [
-            json.loads(text) for text in world.all_gather(json.dumps([tokens, hidden]).encode())
-        ]
+        card = json.dumps([tokens, hidden, self._own_tensors])
+        told = [json.loads(text) for text in world.all_gather(card.encode())]
+        most_tokens, most_hidden, _ = (max(column) for column in zip(*told, strict=True))
+        if len({own for *_, own in told}) > 1:
+            raise ConfigError(
+                f"EP_OWN_TENSORS differs between ranks: {[own for *_, own in told]}; set the same"
+            )
         self._ranks_per_node = nodes_of(world)
-        most_tokens, most_hidden = (max(column) for column in zip(*told, strict=True))
         backend: Literal["cuda", "host"] = "cuda" if device.type == "cuda" else "host"
         return NormalBuffer(
             world,
             max_tokens=max(MIN_TOKENS, 1 << (max(most_tokens, 1) - 1).bit_length()),
             max_hidden=max(most_hidden, DEFAULT_HIDDEN),
-            pool_bytes=self._pool_bytes,
+            # Without a pool, all that is received is copied into tensors whose storage is theirs.
+            pool_bytes=0 if self._own_tensors else self._pool_bytes,
             ranks_per_node=self._ranks_per_node,
             backend=backend,
             device=device if backend == "cuda" else None,

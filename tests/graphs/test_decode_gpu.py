@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -199,6 +200,64 @@ def test_a_reset_added_to_a_kept_graph_is_read_back_and_works() -> None:
     for before in (1, 7):
         graph.replay()
         assert seen.tolist() == [0] * 32 + [before] * 32
+
+
+def test_what_a_step_raises_over_a_broken_capture_is_raised(buffers: list[Buffer]) -> None:
+    source = torch.ones(1, device="cuda:0")
+    before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+
+    def breaks_the_capture() -> None:
+        if torch.cuda.is_current_stream_capturing():
+            with contextlib.suppress(RuntimeError):
+                source.item()
+            raise LookupError("no such layer")
+
+    with pytest.raises(LookupError, match="no such layer") as caught:
+        capture(buffers, followed_by(Steps(buffers).of(PAIR, 0), breaks_the_capture), pool=pool)
+    assert isinstance(caught.value.__context__, RuntimeError)  # the capture's own
+    assert torch.cuda.current_stream() == before
+    assert not torch.cuda.is_current_stream_capturing()
+    graphs = capture(buffers, Steps(buffers).of(PAIR, 0), pool=pool)
+    inputs, case = draw((5, 8), seed=6)
+    for found, wanted in zip(graphs.replay(inputs, (5, 8)), case, strict=True):
+        assert beyond_one_ulp(found["out0"], wanted.out) == 0
+
+
+def test_a_copy_that_waits_for_the_host_fails_as_torch_says(buffers: list[Buffer]) -> None:
+    source = torch.ones(1, device="cuda:0")
+    before = torch.cuda.current_stream()
+
+    def fetch() -> None:
+        source.item()
+
+    with pytest.raises(RuntimeError) as caught:
+        capture(buffers, followed_by(Steps(buffers).of(PAIR, 0), fetch))
+    assert "fetch" in [entry.name for entry in caught.traceback]
+    assert torch.cuda.current_stream() == before
+
+
+@pytest.mark.parametrize("building", [torch.enable_grad, torch.inference_mode])
+def test_every_mode_replays_and_outputs_require_no_gradient(
+    buffers: list[Buffer], building: Callable[[], Any]
+) -> None:
+    ones = torch.ones(CONFIG.hidden, dtype=torch.bfloat16, device="cuda:0", requires_grad=True)
+    pair = Steps(buffers).of(PAIR, 0)
+
+    def step(inputs: list[Tensors], counts: Sequence[torch.Tensor | None]) -> list[Tensors]:
+        return [{"out0": rank["out0"] * ones} for rank in pair(inputs, counts)]
+
+    with building():
+        graphs = capture(buffers, step)
+    inputs, case = draw((3, 1), seed=7)
+    given = [{**mine, "x": mine["x"].clone().requires_grad_() * 1} for mine in inputs]
+    for replaying in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with replaying():
+            outputs = graphs.replay(given, (3, 1))
+        for found, static, wanted in zip(outputs, graphs.static_inputs(8), case, strict=True):
+            assert beyond_one_ulp(found["out0"], wanted.out) == 0
+            assert not found["out0"].requires_grad
+            assert not static["x"].requires_grad
+            found["out0"].add_(1)  # a tensor like any other, in any mode
 
 
 def test_a_lost_peer_surfaces_at_a_later_replay_and_reset_recovers(buffers: list[Buffer]) -> None:

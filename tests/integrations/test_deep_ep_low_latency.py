@@ -365,6 +365,32 @@ def test_asynchronous_calls_use_the_communication_stream(gpu_pair: RankPool, see
     gpu_pair.run(runs_beside, seed)
 
 
+def on_two_streams(rank: Rank, seed: int) -> None:
+    """The first stream is late on rank 0: its call still comes before that of the second."""
+    buffer = open_buffer(rank, SIZES)
+    combine(rank, buffer, dispatch(rank, buffer, SIZES, seed, BF16, "plain"))
+    rank.settle()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    sent = []
+    for turn, stream in enumerate(streams):
+        with torch.cuda.stream(stream):
+            if turn == rank.rank == 0:
+                torch.cuda._sleep(50_000_000)  # cycles: about 30 ms
+            sent.append(dispatch(rank, buffer, SIZES, seed + 1 + turn, BF16, "plain"))
+    rank.settle()
+    for one in sent:
+        check_received(rank, one)
+    buffer.destroy()
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_calls_on_two_streams_come_in_the_order_in_which_they_were_made(
+    gpu_pair: RankPool, seed: int
+) -> None:
+    gpu_pair.run(on_two_streams, seed)
+
+
 def lives_without_destroy(rank: Rank, seed: int) -> None:
     """A Buffer that is dropped harms nobody, neither its group nor its successor."""
     for turn in range(2):

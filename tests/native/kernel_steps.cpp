@@ -157,6 +157,7 @@ struct Test {
         };
         const auto out = [&](size_t r, std::vector<uint16_t>& rows, std::vector<Output>& outputs) {
             return CombineOutput{.wire = wire,
+                                 .late_weights = use.late,
                                  .out = rows.data(),
                                  .num_tokens = use.inputs[r].num_tokens,
                                  .num_valid = &use.inputs[r].num_valid,

@@ -17,7 +17,6 @@ from ep_runtime.normal import NormalBuffer
 from ep_runtime.normal.config import block_bytes
 from ep_runtime.normal.heap import DataHeap
 from ep_runtime.normal.ops import NormalOps
-from ep_runtime.normal.pool import Pool
 from ep_runtime.normal.reference import RankTokens
 
 OpenGroup = Callable[..., Group]
@@ -107,9 +106,8 @@ def test_exact_dispatches_hold_what_came_and_no_more(
     group = open_group(**SIZES)
     inputs = [random_tokens(rng, 3, 256, 4, EXPERTS, idle=0) for _ in range(ranks)]
     rows = [x.shape[0] for x in group.run(hold, [(one, "x") for one in inputs])]
-    described = block_bytes(ranks * 16, 0, 0, 4)
     for (in_use, copied, _), came in zip(group.run(use_of), rows, strict=True):
-        assert in_use == described + 512 * came
+        assert in_use == 512 * came
         assert copied == 0
 
 
@@ -271,82 +269,3 @@ def test_received_tensors_outlive_the_buffer(place: Place, rng: torch.Generator)
         assert torch.equal(tensor.cpu(), right)
     for buffer in group.buffers:
         programs.drop(buffer, "x")
-
-
-def test_the_pool_gives_out_every_byte_once() -> None:
-    """Random blocks come, some are shortened, and go; no two overlap, and all of it comes back."""
-    rng = torch.Generator()
-    rng.seed()
-    pool = Pool(256, 128 * 100)
-    alive: list[tuple[int, int, object]] = []
-    for _ in range(2000):
-        if alive and torch.rand((), generator=rng) < 0.5:
-            _, _, block = alive.pop(int(torch.randint(len(alive), (), generator=rng)))
-            pool.give_back(block, None)  # type: ignore[arg-type]
-            continue
-        size = int(torch.randint(1, 128 * 20, (), generator=rng))
-        new = pool.allocate(size, capturing=False)
-        if new is None:
-            continue
-        assert new.num_bytes >= size
-        assert new.offset % 128 == 0
-        assert new.offset >= 256
-        assert new.offset + new.num_bytes <= 256 + 128 * 100
-        if torch.rand((), generator=rng) < 0.5:
-            before = pool.in_use - new.num_bytes
-            size = int(torch.randint(size + 1, (), generator=rng))
-            pool.shorten(new, size)
-            assert new.num_bytes == max(128, -(-size // 128) * 128)
-            assert pool.in_use == before + new.num_bytes
-        for start, end, _ in alive:
-            assert new.offset + new.num_bytes <= start or end <= new.offset
-        alive.append((new.offset, new.offset + new.num_bytes, new))
-    for _, _, block in alive:
-        pool.give_back(block, None)  # type: ignore[arg-type]
-    assert pool.in_use == 0
-    assert pool.allocate(128 * 100, capturing=False) is not None
-
-
-def test_events_of_a_shortened_block_stay_with_both_parts() -> None:
-    pool = Pool(0, 384)
-    block = pool.allocate(384, capturing=False)
-    assert block is not None
-    pool.give_back(block, (1, "event"))
-    again = pool.allocate(384, capturing=False)
-    assert again is not None
-    pool.shorten(again, 100)
-    rest = pool.allocate(256, capturing=False)
-    assert rest is not None
-    assert (again.num_bytes, rest.offset) == (128, 128)
-    assert set(again.uses) == set(rest.uses) == {1}
-
-
-def test_memory_of_captures_serves_captures_alone() -> None:
-    pool = Pool(0, 256)
-    block = pool.allocate(128, capturing=True)
-    assert block is not None
-    pool.give_back(block, None)
-    assert pool.in_use == 128  # a replay writes to it
-    eager = pool.allocate(128, capturing=False)
-    assert eager is not None
-    assert eager.offset != block.offset
-    assert pool.allocate(128, capturing=False) is None
-    again = pool.allocate(128, capturing=True)
-    assert again is not None
-    assert again.offset == block.offset
-
-
-def test_events_of_freed_memory_reach_its_next_owner() -> None:
-    pool = Pool(0, 384)
-    a, b = pool.allocate(128, capturing=False), pool.allocate(128, capturing=False)
-    assert a is not None
-    assert b is not None
-    pool.give_back(a, (1, "early"))
-    pool.give_back(b, (2, "other"))
-    whole = pool.allocate(384, capturing=False)
-    assert whole is not None
-    assert {stream: event for stream, (_, event) in whole.uses.items()} == {1: "early", 2: "other"}
-    pool.give_back(whole, (1, "late"))
-    part = pool.allocate(128, capturing=False)
-    assert part is not None
-    assert {stream: event for stream, (_, event) in part.uses.items()} == {1: "late"}

@@ -108,3 +108,54 @@ def test_an_error_passes_through_and_closes_the_other_batches() -> None:
     with pytest.raises(ValueError, match="broken layer"):
         run_interleaved([fails(), watched()])
     assert closed == ["B"]
+
+
+def lane_that_fails_to_close(closed: list[str], name: str) -> Stage:
+    try:
+        yield Receive([], name, 0)
+        yield Receive([], name, 0)
+    finally:
+        closed.append(name)
+        raise RuntimeError(f"cleanup of {name}")
+
+
+@pytest.mark.parametrize("run", [run_interleaved, run_serial])
+def test_the_first_error_is_raised_and_those_of_closing_are_noted(run: Any) -> None:
+    closed: list[str] = []
+
+    def fails() -> Stage:
+        try:
+            yield Receive([], "A", 0)
+            raise ValueError("broken layer")
+        except ValueError as error:
+            raise LookupError("no such layer") from error
+
+    b0, b1, c = (lane_that_fails_to_close(closed, name) for name in ("B0", "B1", "C"))
+    for stage in (b0, b1, c):
+        next(stage)  # under way already, also where run_serial does not come to them
+    with pytest.raises(LookupError, match="no such layer") as caught:
+        run([fails(), [b0, b1], c])
+    assert closed == ["B0", "B1", "C"]
+    assert isinstance(caught.value.__cause__, ValueError)
+    notes = caught.value.__notes__
+    assert len(notes) == 3
+    for note, (batch, name) in zip(notes, [(1, "B0"), (1, "B1"), (2, "C")], strict=True):
+        assert note.startswith(f"closing micro-batch {batch} raised as well:\nTraceback")
+        assert note.endswith(f"RuntimeError: cleanup of {name}")
+        assert "broken layer" not in note
+
+
+def test_a_failed_cleanup_of_the_batch_that_failed_is_its_error() -> None:
+    closed: list[str] = []
+
+    def fails() -> Stage:
+        try:
+            yield Receive([], "A", 0)
+            raise ValueError("broken layer")
+        finally:
+            raise RuntimeError("cleanup of A")
+
+    with pytest.raises(RuntimeError, match="cleanup of A") as caught:
+        run_interleaved([fails(), lane_that_fails_to_close(closed, "B")])
+    assert isinstance(caught.value.__context__, ValueError)
+    assert closed == ["B"]

@@ -7,11 +7,16 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import pytest
+import torch
 
+from ep_runtime import ConfigError, current
 from ep_runtime.scheduler import (
+    CudaClock,
+    HostClock,
     Span,
     Timeline,
     choose,
+    default_clock,
     plan,
     predict,
     run_interleaved,
@@ -146,3 +151,91 @@ def test_the_slowest_rank_decides_for_all() -> None:
     made = choose(lambda: takes(60), lambda: takes(40), clock=clock, world=world)
     assert (made.serial_us, made.interleaved_us) == (60, 90)
     assert not made.interleave
+
+
+class Gpu:
+    """Stands for a device that works on after a launch has returned."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free_at_us = 0.0
+        self.asked: list[torch.device] = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self, stream: object) -> None:
+                assert stream == "the current stream"
+                self.at_us = gpu.free_at_us
+
+            def synchronize(self) -> None:
+                """All work is done already."""
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.at_us - self.at_us) / 1e3
+
+        def stream(device: torch.device) -> str:
+            self.asked.append(device)
+            return "the current stream"
+
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(current, "stream", stream)
+
+    def launch(self, us: float) -> None:
+        self.free_at_us += us
+
+
+def test_where_cuda_is_in_use_its_work_is_timed_not_its_launches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = Gpu(monkeypatch)
+    made = choose(lambda: gpu.launch(4000), lambda: gpu.launch(2000))
+    assert made.serial_us == pytest.approx(4000)
+    assert made.interleaved_us == pytest.approx(2000)
+    assert made.interleave
+    assert set(gpu.asked) == {torch.device("cuda", 3)}
+
+    def micro_batch() -> Generator[Any, Any, None]:
+        gpu.launch(500)
+        return
+        yield
+
+    made = plan(lambda: [micro_batch()])
+    assert made.serial_us == pytest.approx(500)
+    assert made.serial is not None
+    assert made.serial.total_us == pytest.approx(500)
+
+
+def test_the_default_clock_is_the_hosts_until_cuda_is_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert isinstance(default_clock(), HostClock)
+    Gpu(monkeypatch)
+    assert isinstance(default_clock(), CudaClock)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repeats": 0}, "repeats=0: it must be at least 1"),
+        ({"repeats": -1}, "repeats=-1: it must be at least 1"),
+        ({"warmup": -1}, "warmup=-1: it must be at least 0"),
+    ],
+)
+@pytest.mark.parametrize("measure", [choose, plan])
+def test_too_few_runs_are_refused_before_any(
+    measure: Any, options: dict[str, int], message: str
+) -> None:
+    steps = [lambda: pytest.fail("ran")] * (2 if measure is choose else 1)
+    with pytest.raises(ConfigError, match=message):
+        measure(*steps, clock=ManualClock(), **options)
+
+
+def test_one_run_without_warm_up_is_enough() -> None:
+    runs: list[str] = []
+    choose(lambda: runs.append("a"), lambda: runs.append("b"), repeats=1, warmup=0)
+    assert runs == ["a", "b"]

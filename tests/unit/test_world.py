@@ -222,28 +222,76 @@ def test_a_late_rank_does_not_shift_later_collectives() -> None:
     assert on_ranks(2, step, timeout_s=0.3) == [[b"0", b"1"]] * 2
 
 
+def nothing() -> None:
+    pass
+
+
+def test_a_step_runs_when_all_have_come_and_ends_when_all_are_done() -> None:
+    came, done = set[int](), set[int]()
+
+    def step(world: World) -> None:
+        def work() -> None:
+            assert came == {0, 1, 2}
+            time.sleep(0.1 * world.rank)
+            done.add(world.rank)
+
+        time.sleep(0.1 * world.rank)
+        came.add(world.rank)
+        world.between_meetings(work)
+        assert done == {0, 1, 2}
+
+    assert on_ranks(3, step) == [None] * 3
+
+
+@pytest.mark.parametrize("absent", [[], [2]], ids=["of all ranks", "without a rank"])
+def test_who_gave_up_waiting_comes_again_and_meets_who_was_late(absent: list[int]) -> None:
+    """Both give up in turn, at either meeting; in the end no rank is a round ahead."""
+    steps: list[int] = []
+
+    def step(world: World) -> bytes:
+        if world.rank in absent:
+            return b""
+        others = 3 - len(absent)
+        if world.rank == 1:
+            time.sleep(0.5)  # rank 0 has given up once, and waits again
+        for _ in range(20):
+            try:
+                world.between_meetings(lambda: steps.append(world.rank), absent)
+                break
+            except PeerTimeout:
+                time.sleep(0.3 * world.rank)
+        world.timeout_s = 10
+        world.between_meetings(lambda: steps.append(world.rank), absent)
+        assert set(steps[-others:]) == set(range(others))
+        return b"met"
+
+    met = [b"" if rank in absent else b"met" for rank in range(3)]
+    assert on_ranks(3, step, timeout_s=0.2) == met
+
+
 def test_some_ranks_meet_without_the_others() -> None:
-    """The absent rank does nothing; meetings without it do not shift collectives of all."""
+    """The absent rank does nothing. When it is back, all of them meet, and others can be absent."""
 
     def step(world: World) -> list[bytes]:
-        if world.rank != 1:
-            for _ in range(3):
-                world.meet_without([1])
-        world.meet_without([])
+        for absent in (1, 1, 1, None, 0, None):
+            if world.rank != absent:
+                world.between_meetings(nothing, [] if absent is None else [absent])
         return world.all_gather(bytes([world.rank]))
 
     assert on_ranks(3, step) == [[b"\0", b"\1", b"\2"]] * 3
 
 
 def test_a_rank_that_counts_itself_absent_meets_nobody() -> None:
+    ran = []
     world = World.from_store(HashStore(), 0, 2, timeout_s=0.2)
-    world.meet_without([0])
+    world.between_meetings(lambda: ran.append(0), [0])
+    assert ran == [0]
 
 
 def test_ranks_that_miss_different_ones_are_told() -> None:
     def step(world: World) -> None:
         if world.rank < 3:
-            world.meet_without([2, 3] if world.rank == 1 else [3])
+            world.between_meetings(nothing, [2, 3] if world.rank == 1 else [3])
 
     outcomes = on_ranks(4, step)
     assert [type(one) for one in outcomes] == [ConfigError] * 3 + [type(None)]
@@ -254,8 +302,21 @@ def test_ranks_that_miss_different_ones_are_told() -> None:
 def test_who_is_neither_here_nor_absent_is_named() -> None:
     def step(world: World) -> None:
         if world.rank == 0:
-            world.meet_without([1])
+            world.between_meetings(nothing, [1])
 
     outcome = on_ranks(3, step, timeout_s=0.3)[0]
     assert isinstance(outcome, PeerTimeout)
     assert outcome.peer == 2
+
+
+def test_meetings_leave_no_keys_behind() -> None:
+    def step(world: World) -> int:
+        for absent in ([], [1], [1], [], []):
+            if world.rank not in absent:
+                world.between_meetings(nothing, absent)
+        assert world._store is not None
+        world.barrier()
+        return world._store.num_keys()
+
+    # Of each rank the last round's two meetings, a barrier, and a counter.
+    assert max(on_ranks(2, step)) <= 2 * 4
