@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 from ep_runtime.bench.clock import CudaClock, Mark
 from ep_runtime.bench.process_group import (
@@ -65,6 +66,7 @@ def measure(world: World) -> dict[tuple[Tokens, str], list[float]]:
                 times = clock.periods(pair, REPLAYS)
                 buffer.check()
                 found[tokens, name] = [time / PAIRS for time in times]
+    dist.destroy_process_group()
     return found
 
 

@@ -101,7 +101,7 @@ def _told(fault: _C.Fault, where: str) -> EpError:
         _C.FAULT_COUNT: f"found more than there is room for, from or for rank {fault.peer}"
         if fault.op in _NORMAL_OP
         else f"got impossible counts from rank {fault.peer}",
-        _C.FAULT_TERMS: f"found rank {fault.peer} with another mask or format, or its weights"
+        _C.FAULT_TERMS: f"found rank {fault.peer} with another rank mask or format, or its weights"
         " elsewhere",
     }.get(fault.seen, f"failed with code {fault.seen}")
     return DesyncError(

@@ -60,11 +60,14 @@ class CaptureSite:
                 self.stream.wait_stream(stream)
 
     def free_pool(self) -> None:
-        """After a capture that could not end: let the next one record to its pool."""
+        """After a capture that could not end: let the next one record to its pool.
+
+        The use that the broken capture made of it stays counted: with the last one given up, torch
+        would refuse the pool from then on.
+        """
         device = self.stream.device_index
         with suppress(RuntimeError):  # raised where torch has done so itself
             torch._C._cuda_endAllocateToPool(device, self.pool)
-            torch._C._cuda_releasePool(device, self.pool)
 
     def join_before(self) -> None:
         """Let the launching stream wait for the inputs that other devices are still copying."""
