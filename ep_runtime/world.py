@@ -123,9 +123,10 @@ class World:
         self._meet_at(self._store, f"{place}/after", absent)
         # Whoever was left out knows nothing of those rounds: they are counted from here again.
         self._finished = (whole, partly + 1) if absent else (whole + 1, 0)
-        # All have left the rounds before, and a round of all that was given up for this one.
-        past = [f"round{whole - 1}", f"round{whole}/without{partly - 1}"]
-        for left in [*past, f"round{whole}"] if absent else past:
+        # Those who were here have left the rounds before, and a round of all that was given up for
+        # this one. Who was not here may still be in the last round of all.
+        past = [f"round{whole}" if absent else f"round{whole - 1}"]
+        for left in [*past, f"round{whole}/without{partly - 1}"]:
             for when in ("before", "after"):
                 self._store.delete_key(f"{self._prefix}/{left}/{when}/{self.rank}")
 

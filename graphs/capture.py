@@ -59,11 +59,10 @@ class CaptureSite:
             for stream in self._side:
                 self.stream.wait_stream(stream)
 
-    def free_pool(self) -> None:
-        """After a capture that could not end: let the next one record to its pool.
-
-        The use that the broken capture made of it stays counted: with the last one given up, torch
-        would refuse the pool from then on.
+    def leave_pool(self) -> None:
+        """After a capture that could not end: let torch's allocator forget it, which else gives no
+        memory back that another stream has used. (That of pinned memory cannot be told: it refuses
+        to record to this pool again. Another pool can be captured to.)
         """
         device = self.stream.device_index
         with suppress(RuntimeError):  # raised where torch has done so itself
@@ -130,7 +129,7 @@ def _capturing(graph: torch.cuda.CUDAGraph, site: CaptureSite) -> Iterator[None]
                 raise
             if began:
                 _failed.append(graph)
-                site.free_pool()
+                site.leave_pool()
             if inside is None:
                 raise
             error.__context__ = inside.__context__

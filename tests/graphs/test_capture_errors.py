@@ -46,7 +46,7 @@ class FakeCuda:
         finally:
             self.current = before
 
-    def free_pool(self) -> None:
+    def leave_pool(self) -> None:
         assert self.recording
         self.recording = False
 

@@ -204,7 +204,7 @@ def test_a_reset_added_to_a_kept_graph_is_read_back_and_works() -> None:
 
 def test_what_a_step_raises_over_a_broken_capture_is_raised(buffers: list[Buffer]) -> None:
     source = torch.ones(1, device="cuda:0")
-    before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    before = torch.cuda.current_stream()
 
     def breaks_the_capture() -> None:
         if torch.cuda.is_current_stream_capturing():
@@ -213,11 +213,11 @@ def test_what_a_step_raises_over_a_broken_capture_is_raised(buffers: list[Buffer
             raise LookupError("no such layer")
 
     with pytest.raises(LookupError, match="no such layer") as caught:
-        capture(buffers, followed_by(Steps(buffers).of(PAIR, 0), breaks_the_capture), pool=pool)
+        capture(buffers, followed_by(Steps(buffers).of(PAIR, 0), breaks_the_capture))
     assert isinstance(caught.value.__context__, RuntimeError)  # the capture's own
     assert torch.cuda.current_stream() == before
     assert not torch.cuda.is_current_stream_capturing()
-    graphs = capture(buffers, Steps(buffers).of(PAIR, 0), pool=pool)
+    graphs = capture(buffers, Steps(buffers).of(PAIR, 0))
     inputs, case = draw((5, 8), seed=6)
     for found, wanted in zip(graphs.replay(inputs, (5, 8)), case, strict=True):
         assert beyond_one_ulp(found["out0"], wanted.out) == 0

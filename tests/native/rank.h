@@ -117,7 +117,8 @@ class Rank {
         const Step step{number, chain.combined + 1};
         const Input& mine = t.inputs[rank_];
         std::memset(t.out.data(), kPoison, t.out.size() * sizeof(uint16_t));
-        self().combine_recv(number, {.out = t.out.data(),
+        self().combine_recv(number, {.late_weights = t.call.late,
+                                     .out = t.out.data(),
                                      .num_tokens = mine.rows,
                                      .num_valid = &mine.valid,
                                      .wait_ns = t.wait_ns.data(),

@@ -309,6 +309,33 @@ def test_who_is_neither_here_nor_absent_is_named() -> None:
     assert outcome.peer == 2
 
 
+class SlowToLook:
+    """A store whose wait begins late."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def wait(self, *given: Any) -> None:
+        time.sleep(0.2)
+        self._store.wait(*given)
+
+
+def test_who_is_slow_to_leave_a_round_is_not_left_in_it() -> None:
+    """Ranks that go on without it must not take away what it still looks at."""
+
+    def step(world: World) -> None:
+        if world.rank == 1:
+            world._store = SlowToLook(world._store)  # type: ignore[assignment]
+        for absent in ([], [1], [1], []):
+            if world.rank not in absent:
+                world.between_meetings(nothing, absent)
+
+    assert on_ranks(2, step, timeout_s=3) == [None] * 2
+
+
 def test_meetings_leave_no_keys_behind() -> None:
     def step(world: World) -> int:
         for absent in ([], [1], [1], [], []):
