@@ -198,7 +198,8 @@ class World:
         """Run `step` on every rank; if it fails on any rank, every rank raises.
 
         The rank that failed raises its own error, whatever it is; the others one that names it, of
-        the same class, or GroupFault where the class is none of this package.
+        the same class, or GroupFault where the class is none of this package. So does a rank that
+        has only waited for one that failed otherwise: its own PeerTimeout is the cause.
         """
         result: T
         failure: Exception | None = None
@@ -207,12 +208,19 @@ class World:
         except Exception as error:  # noqa: BLE001 - whatever it was, the others wait for an answer
             failure = error
         told = {} if failure is None else {"kind": type(failure).__name__, "text": _told(failure)}
-        answers = [json.loads(text) for text in self.all_gather(json.dumps(told).encode())]
+        try:
+            answers = [json.loads(text) for text in self.all_gather(json.dumps(told).encode())]
+        except EpError:
+            if failure is not None:
+                raise failure  # noqa: B904 - what went wrong here counts; that nobody heard is context
+            raise
+        waited = isinstance(failure, PeerTimeout)
+        for rank, answer in enumerate(answers):
+            if answer and (failure is None or (waited and answer["kind"] != "PeerTimeout")):
+                text = f"rank {rank} failed at {what}: {answer['text']}"
+                raise _same_kind(answer["kind"])(text) from failure
         if failure is not None:
             raise failure
-        for rank, answer in enumerate(answers):
-            if answer:
-                raise _same_kind(answer["kind"])(f"rank {rank} failed at {what}: {answer['text']}")
         return result
 
 

@@ -68,11 +68,8 @@ class Builder:
         with ExitStack() as stack:
             for buffer in self._buffers:
                 stack.enter_context(buffer.patient())
-            for entry in entries:
-                for _ in range(warmup):
-                    self._warm(entry)
-            # A peer that still loads a kernel could wait for one that already replays.
-            self._together("warming up", self._synchronize)
+            # Ranks meet at its end: one that still loads a kernel could wait for one that replays.
+            self._together("warming up", lambda: self._warm_all(entries, warmup))
             self._together("capturing", lambda: self._capture_all(entries))
 
     def _require_same_runs(self, graphs: int, warmup: int) -> None:
@@ -87,12 +84,22 @@ class Builder:
                     "every rank as many buckets and the same warmup"
                 )
 
+    def _warm_all(self, entries: Sequence[Entry], warmup: int) -> None:
+        for entry in entries:
+            for _ in range(warmup):
+                self._warm(entry)
+        self._synchronize()
+        self._check()
+
     def _warm(self, entry: Entry) -> None:
         if self._site is None:
             entry.run()
             return
         with self._site.on_stream():
             entry.run()
+        self._check()
+
+    def _check(self) -> None:
         for buffer in self._buffers:
             buffer.check()
 

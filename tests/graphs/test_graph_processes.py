@@ -9,7 +9,7 @@ import torch
 from layer import CONFIG, Layer, empty_inputs, random_step, require_right
 from steps import Tensors
 
-from ep_runtime import Buffer, World
+from ep_runtime import Buffer, World, env
 from ep_runtime.graphs import DecodeGraphs
 from ep_runtime.launch import run_ranks
 
@@ -46,3 +46,27 @@ def test_ranks_that_would_warm_up_unequally_all_refuse() -> None:
         assert outcome.failure is not None
         assert outcome.failure.kind == "CaptureError"
         assert "give every rank as many buckets" in str(outcome.failure)
+
+
+def breaks_in_warm_up(world: World) -> None:
+    def step(inputs: Tensors, num_tokens: torch.Tensor) -> Tensors:
+        if world.rank == 1:
+            raise LookupError("no such layer")
+        return layer([inputs], [num_tokens])[0]
+
+    with (
+        env.defaults({"EP_WARMUP_TIMEOUT_S": "1"}),
+        Buffer(CONFIG, world, backend="host") as buffer,
+    ):
+        layer = Layer([buffer])
+        DecodeGraphs(buffer, step, empty_inputs, (2, 8))
+
+
+@pytest.mark.slow
+def test_what_a_step_raises_in_its_warm_up_is_told_to_all() -> None:
+    waits, breaks = run_ranks(breaks_in_warm_up, 2, timeout_s=60)
+    assert breaks.failure is not None
+    assert breaks.failure.kind == "LookupError"
+    assert waits.failure is not None
+    assert waits.failure.kind == "GroupFault"
+    assert "rank 1 failed at warming up: LookupError: no such layer" in str(waits.failure)

@@ -137,6 +137,35 @@ def test_a_timeout_of_one_rank_reaches_the_others_as_a_group_fault() -> None:
     assert [type(one) for one in results] == [PeerTimeout, GroupFault]
 
 
+def test_who_only_waited_hears_what_failed_first() -> None:
+    def step(world: World) -> None:
+        def work() -> None:
+            if world.rank == 0:
+                raise LookupError("no such layer")
+            raise PeerTimeout("rank 0 did not come", rank=world.rank, peer=0)
+
+        world.agree("warming up", work)
+
+    first, *others = on_ranks(3, step)
+    assert isinstance(first, LookupError)
+    for fault in others:
+        assert type(fault) is GroupFault
+        assert str(fault).startswith("rank 0 failed at warming up: LookupError: no such layer")
+        assert isinstance(fault.__cause__, PeerTimeout)
+
+
+def test_a_failure_that_nobody_hears_of_is_still_raised() -> None:
+    """Rank 1 never comes: what failed on rank 0 matters more."""
+
+    def step(world: World) -> None:
+        if world.rank == 0:
+            world.agree("loading", lambda: {}["weights"])
+
+    failure = on_ranks(2, step, timeout_s=0.2)[0]
+    assert isinstance(failure, KeyError)
+    assert isinstance(failure.__context__, PeerTimeout)
+
+
 def test_agree_returns_the_ranks_own_value() -> None:
     assert on_ranks(3, lambda w: w.agree("counting", lambda: w.rank * 10)) == [0, 10, 20]
 
