@@ -135,7 +135,8 @@ def _decode_rank(world: World, job: DecodeJob, repeat_eagerly: bool) -> DecodeRe
 
 
 def _eager(job: DecodeJob) -> DecodeJob:
-    return replace(job, eager=True, check=False, stream=False)
+    """The same work without graphs: also what a check brings to the host."""
+    return replace(job, eager=True, check=False, keep_logits=job.check, stream=False)
 
 
 def _decode_virtual(job: DecodeJob, num_ranks: int, repeat_eagerly: bool) -> DecodeResult:
@@ -154,7 +155,7 @@ def _decode_virtual(job: DecodeJob, num_ranks: int, repeat_eagerly: bool) -> Dec
         run = (job.prompts, job.num_tokens, job.sampling)
         on_token = _write_first if job.stream else None
         report = decoder.run(*run, keep_logits=job.check, on_token=on_token)
-        eager = decoder.run(*run, eager=True) if repeat_eagerly else None
+        eager = decoder.run(*run, eager=True, keep_logits=job.check) if repeat_eagerly else None
     finally:
         for buffer in buffers:
             buffer.close()
@@ -162,7 +163,7 @@ def _decode_virtual(job: DecodeJob, num_ranks: int, repeat_eagerly: bool) -> Dec
         tolerance = TOLERANCE[job.dispatch_format] if job.tolerance is None else job.tolerance
         check = check_against_reference(checkpoint, report.sequences, job.sampling, tolerance)
         report = replace(report, check=check)
-    return DecodeResult(report.without_logits(), eager)
+    return DecodeResult(report.without_logits(), eager and eager.without_logits())
 
 
 def _write_first(prompt_index: int, token: int) -> None:

@@ -157,7 +157,7 @@ class _Group(Generic[R]):
             for rank in range(num_ranks):
                 here, there = context.Pipe(duplex=False)
                 task = _Task(fn, args, rank, num_ranks, self.store.port, gpu_per_rank)
-                process = context.Process(target=_rank_main, args=(task, there), daemon=True)
+                process = context.Process(target=_rank_main, args=(task, there))
                 process.start()
                 there.close()  # so that the end of the process is the end of the pipe
                 self.processes.append(process)

@@ -51,6 +51,7 @@ class Member(ABC):
 
     def _join(self, world: World, device: torch.device, fault: int) -> None:
         self.world = world
+        self._farewell = world.apart()  # who fails may leave it out
         self.rank = world.rank
         self.num_ranks = world.num_ranks
         self.device = device
@@ -145,7 +146,7 @@ class Member(ABC):
 
     def _meet(self) -> bool:
         try:
-            self.world.barrier(timeout_s=CLOSE_TIMEOUT_S)
+            self._farewell.barrier(timeout_s=CLOSE_TIMEOUT_S)
         except EpError as error:
             log.warning("closing without the peers: %s", error)
             return False

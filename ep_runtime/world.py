@@ -46,7 +46,9 @@ class World:
         self.timeout_s = env.read().warmup_timeout_s if timeout_s is None else timeout_s
         self._store = store
         self._calls = 0
-        self._finished = (0, 0)  # rounds of all ranks; since then, of some without the others
+        self._rounds: dict[tuple[int, ...], int] = {}  # finished, by who was left out
+        self._stepped = ""  # the round whose step is done, if it is not finished
+        self._given_up: set[str] = set()  # rounds that this rank began and did not finish
         self._parts = 0
         self._prefix = ""
         if store is not None:
@@ -108,41 +110,53 @@ class World:
     def between_meetings(self, step: Callable[[], None], absent: Collection[int] = ()) -> None:
         """Meet the ranks that are not in `absent`, run `step`, and meet them again.
 
-        Raises ConfigError if ranks name different ones, PeerTimeout for a rank that is neither here
-        nor absent. After that the whole may be called again: ranks count what they have finished,
-        so who waited, gave up and comes again meets who came late. A rank that counts itself
-        absent meets nobody.
+        Raises PeerTimeout for a rank that is neither here nor absent, ConfigError if that one went
+        on without other ranks. After that the whole may be called again: it goes on where it was,
+        so who waited, gave up and comes again meets who came late. A rank that counts itself absent
+        meets nobody.
         """
-        if self._store is None or self.rank in absent:
+        without = tuple(sorted(set(absent)))
+        store = self._store
+        if store is None or self.rank in without:
             step()
             return
-        whole, partly = self._finished
-        place = f"round{whole}/without{partly}" if absent else f"round{whole}"
-        self._meet_at(self._store, f"{place}/before", absent)
-        step()
-        self._meet_at(self._store, f"{place}/after", absent)
-        # Whoever was left out knows nothing of those rounds: they are counted from here again.
-        self._finished = (whole, partly + 1) if absent else (whole + 1, 0)
-        # Those who were here have left the rounds before, and a round of all that was given up for
-        # this one. Who was not here may still be in the last round of all.
-        past = [f"round{whole}" if absent else f"round{whole - 1}"]
-        for left in [*past, f"round{whole}/without{partly - 1}"]:
+        # Those who are left count the rounds that they had without just these.
+        number = self._rounds.get(without, 0)
+        place = f"without{list(without)}/{number}"
+        said = f"{self._prefix}/without/{self.rank}"
+        store.set(said, "=" + json.dumps(without))
+        self._given_up.add(place)
+        if self._stepped != place:
+            self._meet_at(store, f"{place}/before", without)
+            step()
+            self._stepped = place
+        self._meet_at(store, f"{place}/after", without)
+        self._stepped = ""
+        self._rounds[without] = number + 1
+        store.delete_key(said)
+        # All have left the round before this one. Who was not here may still look at its last.
+        self._given_up.discard(place)
+        for left in {*self._given_up, f"without{list(without)}/{number - 1}"}:
             for when in ("before", "after"):
-                self._store.delete_key(f"{self._prefix}/{left}/{when}/{self.rank}")
+                store.delete_key(f"{self._prefix}/{left}/{when}/{self.rank}")
+        self._given_up.clear()
 
-    def _meet_at(self, store: Store, place: str, absent: Collection[int]) -> None:
-        mine = json.dumps(sorted(absent))
+    def _meet_at(self, store: Store, place: str, without: tuple[int, ...]) -> None:
         keys = [
-            "" if rank in absent else f"{self._prefix}/{place}/{rank}"
+            "" if rank in without else f"{self._prefix}/{place}/{rank}"
             for rank in range(self.num_ranks)
         ]
-        told = self._gather(store, keys, mine.encode(), self.timeout_s, f"meeting {place}")
-        for rank, other in enumerate(told):
-            if other is not None and other.decode() != mine:
+        try:
+            self._gather(store, keys, b"", self.timeout_s, f"meeting {place}")
+        except PeerTimeout as error:
+            said = f"{self._prefix}/without/{self.members.index(error.peer)}"
+            if store.check([said]) and (theirs := json.loads(store.get(said)[1:])) != list(without):
                 raise ConfigError(
-                    f"rank {rank} goes on without ranks {other.decode()}, rank {self.rank} without"
-                    f" {mine}: mask the same ranks on every rank that is left, then reset() again"
-                )
+                    f"rank {error.peer} goes on without ranks {theirs}, rank"
+                    f" {self.members[self.rank]} without {list(without)}: mask the same ranks on"
+                    " every rank that is left, then reset() again"
+                ) from error
+            raise
 
     def _gather(
         self, store: Store, keys: list[str], data: bytes, limit_s: float, what: str
@@ -151,8 +165,8 @@ class World:
             return self._exchange(store, keys, data, limit_s, what)
         except dist.DistError as error:
             raise GroupFault(
-                f"rank {self.rank} lost the store that joins the ranks ({error}); its host (rank"
-                " 0 or the launcher) is gone: end this process and start the group again"
+                f"rank {self.members[self.rank]} lost the store that joins the ranks ({error}); its"
+                " host (rank 0 or the launcher) is gone: end this process and start the group again"
             ) from error
 
     def _exchange(
@@ -164,7 +178,9 @@ class World:
         started = time.monotonic()
         try:
             store.wait([key for key in keys if key], timedelta(seconds=limit_s))
-        except dist.DistStoreError as error:
+        except RuntimeError as error:  # of a file: as such
+            if isinstance(error, dist.DistError) and not isinstance(error, dist.DistStoreError):
+                raise
             absent = next((r for r, key in enumerate(keys) if key and not store.check([key])), None)
             if absent is None:
                 return _collect(store, keys)
@@ -185,6 +201,11 @@ class World:
         """
         self._parts += 1
         return _PartWorld(self, members, f"{self._prefix}/part{self._parts}")
+
+    def apart(self) -> World:
+        """The same ranks, whose collectives are counted by themselves: for what some of them may
+        leave out. Does not communicate; every rank takes it at the same place."""
+        return _PartWorld(self, range(self.num_ranks), f"{self._prefix}/apart{self._calls}")
 
     def broadcast(self, data: bytes, root: int = 0) -> bytes:
         """`data` of rank `root` (what other ranks pass is ignored)."""
@@ -217,7 +238,7 @@ class World:
         waited = isinstance(failure, PeerTimeout)
         for rank, answer in enumerate(answers):
             if answer and (failure is None or (waited and answer["kind"] != "PeerTimeout")):
-                text = f"rank {rank} failed at {what}: {answer['text']}"
+                text = f"rank {self.members[rank]} failed at {what}: {answer['text']}"
                 raise _same_kind(answer["kind"])(text) from failure
         if failure is not None:
             raise failure
@@ -275,3 +296,7 @@ class VirtualWorld(World):
     def barrier(self, *, timeout_s: float | None = None) -> None:
         """Nothing: one thread drives all ranks."""
         del timeout_s
+
+    def apart(self) -> World:
+        """This one: nothing is counted."""
+        return self

@@ -235,6 +235,10 @@ class Driver:
         value = getattr(self.buffer, name)
         return value(*arguments) if callable(value) else value
 
+    def meet_within(self, seconds: float) -> None:
+        """How long the rank waits for others on the host."""
+        self.buffer.world.timeout_s = seconds
+
     def mask(self) -> torch.Tensor:
         """Which ranks are masked, as the device has it."""
         return self.buffer.rank_mask().cpu()

@@ -19,7 +19,7 @@ from ep_runtime.bench import normal_report
 from ep_runtime.bench.clock import Body, Clock, HostClock
 from ep_runtime.bench.normal_options import NormalOptions
 from ep_runtime.bench.normal_ours import OPS, OurNormal, repeated
-from ep_runtime.bench.normal_peers import Runs, deep_ep_runs, nccl_runs
+from ep_runtime.bench.normal_peers import Peer, deep_ep_peer, nccl_peer
 from ep_runtime.bench.normal_problem import NormalProblem
 from ep_runtime.bench.normal_records import NormalRecord, write_normal_records
 from ep_runtime.bench.records import Status
@@ -120,12 +120,9 @@ class _Bench:
         timings = self._options.timings if on_gpu else ("eager",)
         for sms, timing in product(limits, timings):
             exact = timing == "eager"
-            blank = self._blank("ep_runtime", "", timing, sms, problem)
+            blank = self._blank("ep_runtime", timing, sms, problem)
             try:
-                wrong = self._team.stage("check", lambda: ours.check(sms, exact=exact))  # noqa: B023
-                told = "; ".join(text for text in self._team.gather(wrong) if text)
-                if told:
-                    self._keep(replace(blank, op="pair", status="wrong", reason=told))
+                if self._wrong(blank, lambda: ours.check(sms, exact=exact)):  # noqa: B023
                     continue
                 for op in OPS:
                     body = self._team.stage(
@@ -135,33 +132,47 @@ class _Bench:
                     self._time(replace(blank, op=op), body, problem)
                 self._team.stage("settling", buffer.check)
             except StageError as failure:
-                self._keep(replace(blank, op="pair", status="failed", reason=str(failure)))
+                self._keep(replace(blank, status="failed", reason=str(failure)))
 
     def _peers(self, problem: NormalProblem) -> None:
         session, options = self._session, self._options
-        found: list[tuple[str, int, Callable[[], Runs]]] = []
+        on_gpu = session.device.type == "cuda"
+        found: list[tuple[str, int, Callable[[], Peer]]] = []
         if options.wants("nccl-ag-rs"):
-            name = "nccl-ag-rs" if session.device.type == "cuda" else "gloo-ag-rs"
-            found.append((name, 0, lambda: nccl_runs(session, problem)))
+            name = "nccl-ag-rs" if on_gpu else "gloo-ag-rs"
+            found.append((name, 0, lambda: nccl_peer(session, problem)))
         if options.wants("deep_ep"):
             found += [
-                ("deep_ep", sms, lambda n=sms: deep_ep_runs(session, problem, n))  # type: ignore[misc]
+                ("deep_ep", sms, lambda n=sms: deep_ep_peer(session, problem, n))  # type: ignore[misc]
                 for sms in DEEP_EP_SMS
             ]
         for name, sms, build in found:
-            blank = self._blank(name, "pair", "graph", sms, problem)
-            if session.shares_gpus or (name == "deep_ep" and session.device.type != "cuda"):
+            blank = self._blank(name, "graph" if on_gpu else "eager", sms, problem)
+            if session.shares_gpus or (name == "deep_ep" and not on_gpu):
                 self._keep(replace(blank, status="absent", reason="it needs one GPU per rank"))
-                continue
-            try:
-                runs = self._team.stage("build", build)
-                for op, once in runs.items():
-                    body = repeated(once, options.repeats)
-                    once()
-                    self._time(replace(blank, op=op), body, problem)
-            except StageError as failure:
-                status: Status = "absent" if "cannot be imported" in str(failure) else "failed"
-                self._keep(replace(blank, status=status, reason=str(failure)))
+            else:
+                self._peer(blank, build, problem)
+
+    def _peer(self, blank: NormalRecord, build: Callable[[], Peer], problem: NormalProblem) -> None:
+        """One peer: built, checked, timed."""
+        try:
+            peer = self._team.stage("build", build)
+            if self._wrong(blank, peer.check):
+                return
+            for op, once in peer.runs.items():
+                self._team.stage("first run", once)
+                self._time(replace(blank, op=op), repeated(once, self._options.repeats), problem)
+        except StageError as failure:
+            status: Status = "absent" if "cannot be imported" in str(failure) else "failed"
+            self._keep(replace(blank, status=status, reason=str(failure)))
+
+    def _wrong(self, blank: NormalRecord, check: Callable[[], str]) -> bool:
+        """Has any rank found something wrong? Then that is recorded, and nothing is to be timed."""
+        told = self._team.gather(self._team.stage("check", check))
+        reasons = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text]
+        if reasons:
+            self._keep(replace(blank, status="wrong", reason="; ".join(reasons)))
+        return bool(reasons)
 
     def _time(self, blank: NormalRecord, body: Body, problem: NormalProblem) -> None:
         on_gpu = self._session.device.type == "cuda"
@@ -190,14 +201,13 @@ class _Bench:
             )
         )
 
-    def _blank(
-        self, impl: str, op: str, timing: str, num_sms: int, problem: NormalProblem
-    ) -> NormalRecord:
+    def _blank(self, impl: str, timing: str, num_sms: int, problem: NormalProblem) -> NormalRecord:
+        """A pair without a time: what stays the same in all records of an implementation."""
         sizes, session = problem.sizes, self._session
         return NormalRecord(
             machine=session.machine,
             impl=impl,
-            op=op,
+            op="pair",
             timing=timing,
             dispatch_format=problem.dispatch_format,
             num_sms=num_sms,

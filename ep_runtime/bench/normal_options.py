@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from ep_runtime.bench.machine import slug
 from ep_runtime.bench.options import HELP, WHICH_PEERS, Backend, LowLatencyOptions, Skew
 from ep_runtime.errors import ConfigError
 
@@ -74,6 +75,10 @@ class NormalOptions:
             raise ConfigError("tokens and sms: give at least one value each")
         _one_of("skew", self.skew, get_args(Skew))
         _one_of("backend", self.backend, get_args(Backend))
+        if self.label and not slug(self.label):  # told before anything is measured
+            raise ConfigError(
+                f"label={self.label!r} has no letter of a-z and no digit; name it otherwise"
+            )
 
     def wants(self, peer: str) -> bool:
         """Is `peer` to be measured (or reported absent)?"""

@@ -10,9 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ep_runtime.bench.machine import slug
 from ep_runtime.bench.normal_options import NormalOptions
 from ep_runtime.bench.normal_records import NormalRecord, write_normal_records
+from ep_runtime.bench.report import result_file
 
 PLOTTED = ("dispatch", "dispatch_cached", "combine", "pair")
 
@@ -44,11 +44,12 @@ def publish(records: Sequence[NormalRecord], options: NormalOptions, console: Co
 
 
 def result_path(out: Path, records: Sequence[NormalRecord], label: str = "") -> Path:
-    """normal-<device>-r<R>.json in `out`; "shared" where ranks share a GPU, and a label follow."""
+    """normal-<device>-r<R>.json in `out`; "shared" where ranks share a GPU, a skew that is not
+    uniform and a label follow. Raises ConfigError for a label that leaves nothing of itself."""
     first = records[0]
-    shared = "shared" if first.ranks_per_gpu > 1 else ""
-    parts = ("normal", slug(first.machine.device), f"r{first.num_ranks}", shared, slug(label))
-    return out / ("-".join(part for part in parts if part) + ".json")
+    return result_file(
+        out, "normal", first.machine, first.num_ranks, first.ranks_per_gpu, first.skew, label
+    )
 
 
 def line(record: NormalRecord) -> str:

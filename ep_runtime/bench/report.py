@@ -12,8 +12,9 @@ from rich.table import Table
 
 from ep_runtime.bench.machine import slug
 from ep_runtime.bench.options import LowLatencyOptions
-from ep_runtime.bench.records import Case, Record, write_records
+from ep_runtime.bench.records import Case, Machine, Record, write_records
 from ep_runtime.bench.traffic import time_at
+from ep_runtime.errors import ConfigError
 
 OPS = ("pair", "dispatch", "combine")
 OURS_PREFIX = "ep_runtime"
@@ -53,11 +54,28 @@ def wide_console() -> Console:
 
 def result_path(out: Path, records: Sequence[Record], label: str = "") -> Path:
     """low-latency-<device>-r<R>.json in `out`; "shared" where ranks share a GPU, a skew that is not
-    uniform and a label follow."""
+    uniform and a label follow. Raises ConfigError for a label that leaves nothing of itself."""
     machine, case = records[0].machine, records[0].case
-    skew = "" if case.skew == "uniform" else case.skew
-    shared = "shared" if case.ranks_per_gpu > 1 else ""
-    parts = ("low-latency", slug(machine.device), f"r{case.num_ranks}", shared, skew, slug(label))
+    return result_file(
+        out, "low-latency", machine, case.num_ranks, case.ranks_per_gpu, case.skew, label
+    )
+
+
+def result_file(
+    out: Path,
+    benchmark: str,
+    machine: Machine,
+    num_ranks: int,
+    ranks_per_gpu: int,
+    skew: str,
+    label: str,
+) -> Path:
+    """The name that results of any benchmark get."""
+    if label and not slug(label):  # else it would overwrite the file without a label
+        raise ConfigError(f"label={label!r} has no letter of a-z and no digit; name it otherwise")
+    shared = "shared" if ranks_per_gpu > 1 else ""
+    skewed = "" if skew == "uniform" else skew
+    parts = (benchmark, slug(machine.device), f"r{num_ranks}", shared, skewed, slug(label))
     return out / ("-".join(part for part in parts if part) + ".json")
 
 

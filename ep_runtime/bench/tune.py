@@ -16,6 +16,7 @@ from ep_runtime import env
 from ep_runtime.bench import normal
 from ep_runtime.bench.normal_options import NormalOptions
 from ep_runtime.bench.normal_records import NormalRecord
+from ep_runtime.bench.sharing import Plan, plan_ranks
 from ep_runtime.errors import BuildError
 from ep_runtime.normal.tuned import TunedSms, tuned_path, write_tuned
 
@@ -24,14 +25,17 @@ SMS = (4, 8, 12, 16, 20, 24, 32, 48, 64, 0)
 
 
 def main(options: NormalOptions, path: Path | None, console: Console) -> int:
-    """Measure, choose, write. Raises BuildError without GPUs, or where a measurement failed."""
+    """Measure, choose, write. Raises BuildError without a GPU for each rank, or where a measurement
+    failed."""
     if not torch.cuda.is_available():
         raise BuildError("tune: torch sees no GPU, and CPU ranks have nothing to tune")
     options = replace(options, timings=("graph",), peers=("none",), out=None, backend="cuda")
+    gpus = torch.cuda.device_count()
+    _refuse_sharing(plan_ranks(options.session(), env.read(), cuda=True, num_gpus=gpus))
     records = normal.run(options)
+    chosen, first = choose(records), records[0]
     if env.read().rank:
         return 0
-    chosen, first = choose(records), records[0]
     target = tuned_path() if path is None else path
     write_tuned(target, first.machine.device, first.num_ranks, chosen)
     console.print(
@@ -44,14 +48,28 @@ def main(options: NormalOptions, path: Path | None, console: Console) -> int:
 
 
 def choose(records: Sequence[NormalRecord]) -> TunedSms:
-    """The smallest counts within CLOSE_ENOUGH of the fastest, in every size and format measured.
+    """For each operation the smallest count that is within CLOSE_ENOUGH of the fastest in every
+    size and format measured; where there is none, the one whose worst ratio is smallest.
 
-    Raises BuildError where something was wrong, or nothing was measured.
+    Raises BuildError where something was wrong, nothing was measured, or ranks shared a GPU.
     """
-    bad = next((r for r in records if r.status != "ok"), None)
-    if bad is not None:
-        raise BuildError(f"tune: {bad.op} was {bad.status}: {bad.reason}; nothing was written")
+    for record in records:
+        if record.status != "ok":
+            raise BuildError(
+                f"tune: {record.op} was {record.status}: {record.reason}; nothing was written"
+            )
+        _refuse_sharing(record)
     return TunedSms(_fewest(records, "dispatch"), _fewest(records, "combine"))
+
+
+def _refuse_sharing(placed: Plan | NormalRecord) -> None:
+    """Buffers of ranks with a GPU each would use what was measured without a link."""
+    if placed.ranks_per_gpu > 1:
+        raise BuildError(
+            f"tune: {placed.ranks_per_gpu} of the {placed.num_ranks} ranks would share a GPU, and"
+            " what is measured then says nothing about ranks with a GPU each; nothing was written."
+            " Tune with as many ranks as GPUs, two at least"
+        )
 
 
 def _fewest(records: Sequence[NormalRecord], op: str) -> int:
@@ -60,9 +78,9 @@ def _fewest(records: Sequence[NormalRecord], op: str) -> int:
         if record.op == op and record.median_us is not None:
             case = times.setdefault((record.num_tokens, record.dispatch_format), {})
             case[record.num_sms] = record.median_us
-    if not times:
+    counts = set[int].intersection(*(set(case) for case in times.values())) if times else set()
+    if not counts:
         raise BuildError(f"tune: {op} was not measured; nothing was written")
-    return max(
-        min(sms for sms, us in case.items() if us <= CLOSE_ENOUGH * min(case.values()))
-        for case in times.values()
-    )
+    worst = {sms: max(case[sms] / min(case.values()) for case in times.values()) for sms in counts}
+    close = [sms for sms in counts if worst[sms] <= CLOSE_ENOUGH]
+    return min(close) if close else min(counts, key=lambda sms: (worst[sms], sms))

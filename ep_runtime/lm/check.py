@@ -146,7 +146,8 @@ def check_against_reference(
     Each token is judged after the bytes that were decoded before it, so one tie does not make the
     rest of the text differ. A differing token is a tie if it is what the decoded logits say, and
     its logit and that of the reference's choice both lie within `tolerance` of the reference's;
-    else a mismatch. Raises ShapeError for sequences without logits.
+    else a mismatch. So is a token whose logits, here or there, are not finite. Raises ShapeError
+    for sequences without logits.
     """
     model = checkpoint.reference(device)
     compared, max_error = 0, 0.0
@@ -163,14 +164,17 @@ def check_against_reference(
         first = len(sequence.prompt) - 1
         reference = output[0, first:].cpu()
         mine = sequence.logits.float().cpu()
-        max_error = max(max_error, (mine - reference).abs().max().item())
+        error = (mine - reference).abs().max().item()
+        max_error = max(max_error, error if math.isfinite(error) else math.inf)
+        finite = (mine.isfinite() & reference.isfinite()).all(dim=1).tolist()
         for offset, token in enumerate(sequence.generated):
             position = first + offset
             scores = sampling.scores(reference[offset], sequence.index, position)
             best = int(scores.argmax())
             compared += 1
-            if token == best:
+            if token == best and finite[offset]:
                 continue
+            own = sampling.scores(mine[offset], sequence.index, position)
             pair = [token, best]
             difference = Difference(
                 sequence.index,
@@ -178,7 +182,7 @@ def check_against_reference(
                 (token, best),
                 tuple(mine[offset, pair].tolist()),
                 tuple(reference[offset, pair].tolist()),
-                token == int(sampling.scores(mine[offset], sequence.index, position).argmax()),
+                finite[offset] and bool(own[token] == own.max()),
             )
             (ties if difference.is_tie(tolerance) else mismatches).append(difference)
     return CheckReport(compared, tuple(ties), tuple(mismatches), max_error, tolerance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 
 from ep_runtime.errors import CheckpointError, ConfigError
@@ -50,6 +51,11 @@ class LmConfig:
             raise ConfigError(
                 f"max_context is {self.max_context!r}; want a whole number of at least 2"
             )
+
+        for name in ("rope_base", "norm_eps"):
+            number = getattr(self, name)
+            if type(number) not in (int, float) or not 0 < number < math.inf:
+                raise ConfigError(f"{name} is {number!r}; want a finite number above 0")
 
     @property
     def head_dim(self) -> int:

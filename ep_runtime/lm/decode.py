@@ -64,6 +64,11 @@ class DecodeReport:
         return [sequence.text for sequence in sorted(self.sequences, key=lambda s: s.index)]
 
     @property
+    def generated(self) -> list[bytes]:
+        """What was decoded, in the order of the prompts."""
+        return [sequence.generated for sequence in sorted(self.sequences, key=lambda s: s.index)]
+
+    @property
     def num_tokens(self) -> int:
         """Generated tokens; bytes of prompts are not counted."""
         return sum(len(sequence.generated) for sequence in self.sequences)
@@ -236,11 +241,11 @@ class _Run:
         for row, sequence in enumerate(batch.rows):
             token = tokens[row]
             if sequence.generating:
-                if logits is not None:
+                if logits is not None and self._sampling.temperature > 0:
                     scores = self._sampling.scores(logits[row], sequence.index, sequence.position)
                     token = int(scores.argmax())
-                    if self._keep_logits:
-                        sequence.logits.append(logits[row])
+                if logits is not None and self._keep_logits:
+                    sequence.logits.append(logits[row])
                 if self._on_token is not None:
                     self._on_token(sequence.index, token)
             sequence.advance(token)

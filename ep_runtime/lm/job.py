@@ -30,6 +30,7 @@ class DecodeJob:
     eager         run the step without its graph
     check         compare every token with the single-rank reference
     tolerance     for the check; None: TOLERANCE of the dispatch format
+    keep_logits   bring the logits to the host with every token, as a check does
     stream        the rank of prompt 0 writes it to standard output while it is decoded
     """
 
@@ -44,6 +45,7 @@ class DecodeJob:
     eager: bool = False
     check: bool = False
     tolerance: float | None = None
+    keep_logits: bool = False
     stream: bool = False
 
     def __post_init__(self) -> None:
@@ -67,7 +69,7 @@ def decode_rank(world: World, job: DecodeJob) -> DecodeReport:
             job.num_tokens,
             job.sampling,
             eager=job.eager,
-            keep_logits=job.check,
+            keep_logits=job.check or job.keep_logits,
             on_token=_print_first if job.stream and world.rank == 0 else None,
         )
     if job.check:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
 
+from ep_runtime.errors import EpError, PeerTimeout
 from ep_runtime.memory.base import MemorySizes, RankMemory
 from ep_runtime.native import _C
 from ep_runtime.world import World
+
+UNLINK_S = 5.0  # for rank 0 to take a name away before anybody raises
 
 
 def host_memory(world: World, sizes: MemorySizes) -> RankMemory:
@@ -27,9 +31,14 @@ def host_memory(world: World, sizes: MemorySizes) -> RankMemory:
     try:
         world.agree("creating shared memory", lambda: attach(creator=True))
         world.agree("attaching shared memory", lambda: attach(creator=False))
-    finally:
-        if world.rank == 0 and segment is not None:
-            segment.unlink()
+    except BaseException as error:
+        _unlink(world, segment)
+        if isinstance(error, Exception) and not isinstance(error, PeerTimeout):
+            # Whoever hears of a failure may end all ranks at once, rank 0 before it has unlinked.
+            with suppress(EpError):
+                world.barrier(timeout_s=UNLINK_S)
+        raise
+    _unlink(world, segment)
     assert segment is not None
     local = _C.HostMemory(sizes.local)
     fault = _C.HostMemory(sizes.fault)
@@ -40,3 +49,8 @@ def host_memory(world: World, sizes: MemorySizes) -> RankMemory:
         fault=fault.address,
         mappings=[segment, local, fault],
     )
+
+
+def _unlink(world: World, segment: _C.ShmSegment | None) -> None:
+    if world.rank == 0 and segment is not None:
+        segment.unlink()

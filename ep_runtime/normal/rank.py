@@ -192,7 +192,7 @@ class NormalRank(Member):
         if self.virtual:
             return True
         try:
-            told = self.world.all_gather(b"held" if held else b"", timeout_s=CLOSE_TIMEOUT_S)
+            told = self._farewell.all_gather(b"held" if held else b"", timeout_s=CLOSE_TIMEOUT_S)
         except EpError as error:
             log.warning("closing without the peers: %s", error)
             return False

@@ -8,7 +8,10 @@ used.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +57,25 @@ def tuned_num_sms(
 
 
 def write_tuned(path: Path, device_name: str, num_ranks: int, sms: TunedSms) -> None:
-    """Put one entry into the file, whole or not at all; other entries stay."""
-    entries = _read(path)
-    entries.setdefault(device_name, {})[str(num_ranks)] = asdict(sms)
+    """Put one entry into the file, whole or not at all; other entries stay, those of processes
+    that write at the same time too (a lock lies beside it, and is left there)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(entries, indent=1) + "\n")
-    partial.replace(path)
+    with path.with_name(path.name + ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        entries = _read(path)
+        entries.setdefault(device_name, {})[str(num_ranks)] = asdict(sms)
+        _replace(path, json.dumps(entries, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Under a name of its own first: readers take no lock, and not every writer may be held by
+    it (some network file systems have none between hosts)."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

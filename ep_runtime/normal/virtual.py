@@ -79,6 +79,10 @@ class ThreadWorld(World):
         step()
         self.barrier()
 
+    def apart(self) -> World:
+        """This one: threads of a process end together."""
+        return self
+
     def part(self, members: Sequence[int]) -> ThreadWorld:
         """The world of some ranks of this one."""
         number = list(members).index(self.rank)

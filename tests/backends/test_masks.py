@@ -220,10 +220,12 @@ def test_reset_wants_the_same_mask_everywhere(
     left = range(3)
     mask(group, left, 3)
     mask(group, [1], 2)
+    group.all("meet_within", 2.0)
     outcomes = group.outcomes("query", [("reset",) if rank in left else None for rank in range(4)])
     assert all(isinstance(outcome, ConfigError) for outcome in outcomes[:3]), outcomes
     assert "rank 1 goes on without ranks [2, 3], rank 0 without [3]" in str(outcomes[0])
     mask(group, [1], 2, False)
+    group.all("meet_within", 30.0)
     among(group, left, "query", ["reset"] * 4)
 
 

@@ -111,6 +111,21 @@ def test_fp8_dispatch_stays_near_the_reference() -> None:
     assert checked.equal > 0.8 * checked.compared
 
 
+def test_the_token_that_the_step_chose_is_the_one_that_is_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A check must see what is printed without it, not another choice from the same logits."""
+    join = DecodeStep._join
+
+    def chooses_wrongly(step: DecodeStep, parts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**join(step, parts), "next": torch.full((len(parts[0]),), ord("X"))}
+
+    monkeypatch.setattr(DecodeStep, "_join", chooses_wrongly)
+    report = decode(PROMPTS[:1], num_ranks=2)
+    assert report.generated == [b"X" * 8]
+    assert not check_against_reference(WEIGHTS, report.sequences, GREEDY, 0.25).ok
+
+
 def test_eager_equals_replayed() -> None:
     with ranks(2, microbatches=2) as buffers:
         decoder = Decoder(WEIGHTS, buffers, 2)

@@ -12,15 +12,20 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ep_runtime import Buffer, EpConfig
 from ep_runtime.errors import ConfigError
 from ep_runtime.launch import RankFailed, launch, run_ranks
+from ep_runtime.normal import NormalBuffer
 from ep_runtime.world import World
+
+SMALL = EpConfig(num_experts=4, topk=2, hidden=128, max_tokens=4)
 
 
 def describe(world: World, factor: int) -> tuple[int, int, torch.Tensor, int]:
@@ -125,6 +130,32 @@ def test_ranks_log_with_their_number_from_the_level_that_is_set(
     monkeypatch.setenv("EP_LOG_LEVEL", "info")
     launch(say_something, 1)
     assert "ep_runtime rank 0: INFO: here I am" in capfd.readouterr().err
+
+
+def starts_a_process(world: World) -> int | None:
+    child = multiprocessing.get_context("spawn").Process(target=os.getpid)
+    child.start()
+    child.join(60)
+    return child.exitcode
+
+
+def test_a_rank_may_start_processes_of_its_own() -> None:
+    """As a DataLoader with workers does."""
+    assert launch(starts_a_process, 1) == [0]
+
+
+def closes_without_the_other(world: World) -> str:
+    """Rank 0 fails inside the block, and leaves the meeting of close() out."""
+    with suppress(LookupError), NormalBuffer(world, max_tokens=4, backend="host"):
+        if world.rank == 0:
+            raise LookupError("a bad batch")
+    with Buffer(SMALL, world, backend="host"):
+        return "built again"
+
+
+def test_a_group_is_built_again_after_one_rank_failed_in_it() -> None:
+    outcomes = run_ranks(closes_without_the_other, 2, timeout_s=60)
+    assert [one.result for one in outcomes] == ["built again"] * 2
 
 
 def test_no_ranks_are_refused() -> None:

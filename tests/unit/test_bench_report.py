@@ -12,6 +12,7 @@ from rich.console import Console
 from ep_runtime.bench import report
 from ep_runtime.bench.options import LowLatencyOptions
 from ep_runtime.bench.records import Record, read_records
+from ep_runtime.errors import ConfigError
 
 RECORDS = [
     timed(
@@ -90,6 +91,11 @@ def test_results_are_named_after_device_ranks_skew_and_label(
 ) -> None:
     records = [timed(1.0, more={"skew": skew})]
     assert report.result_path(tmp_path, records, label) == tmp_path / name
+
+
+def test_a_label_that_leaves_nothing_does_not_name_the_file_without_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="label="):
+        report.result_path(tmp_path, RECORDS, "\u00e9")
 
 
 def test_publishing_writes_json_and_plot(tmp_path: Path) -> None:

@@ -76,6 +76,19 @@ def test_a_token_from_logits_within_tolerance_is_a_tie_and_is_shown() -> None:
     assert len(far.mismatches) == 1
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_mismatches(value: float) -> None:
+    """Whatever token they give, here or in the reference: nothing was compared."""
+    sequence = decode_by_reference(b"hello", 10)
+    logits = logits_of(sequence).clone()
+    logits[3, 7] = value
+    broken = DecodedSequence(0, sequence.prompt, sequence.generated, logits)
+    report = check_against_reference(CHECKPOINT, [broken], GREEDY, 0.25)
+    assert not report.ok
+    assert [one.position for one in report.mismatches] == [3 + len(b"hello") - 1]
+    assert report.max_error == float("inf")
+
+
 def test_tokens_without_logits_cannot_be_checked() -> None:
     with pytest.raises(ShapeError, match="prompt 3 has no logits"):
         check_against_reference(CHECKPOINT, [DecodedSequence(3, b"a", b"b")], GREEDY, 0.1)

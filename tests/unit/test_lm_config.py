@@ -24,6 +24,10 @@ def test_default_shape_is_the_one_that_ships() -> None:
         ("max_context", 1, "at least 2"),
         ("layers", 4.0, "a whole number"),
         ("max_context", 2.5, "a whole number"),
+        ("norm_eps", float("nan"), "finite number above 0"),
+        ("norm_eps", -10.0, "finite number above 0"),
+        ("rope_base", float("inf"), "finite number above 0"),
+        ("rope_base", "x", "finite number above 0"),
     ],
 )
 def test_impossible_shape_is_refused_with_value_and_limit(
@@ -49,6 +53,7 @@ def test_json_round_trip() -> None:
         LmConfig().to_json().replace('"layers": 4', '"layers": 0'),
         LmConfig().to_json().replace('"layers": 4', '"layers": "four"'),
         LmConfig().to_json().replace('"layers"', '"storeys"'),
+        LmConfig().to_json().replace("10000.0", "NaN"),
     ],
 )
 def test_json_of_something_else_is_a_checkpoint_error(text: str) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from ep_runtime.bench import normal
+from ep_runtime.bench.normal_options import NormalOptions
 from ep_runtime.bench.normal_records import NormalRecord
 from ep_runtime.bench.records import Machine
 from ep_runtime.bench.tune import choose, main
@@ -60,6 +67,34 @@ def test_the_fewest_sms_that_are_nearly_as_fast_are_chosen() -> None:
     assert choose(records) == TunedSms(dispatch=24, combine=8)  # fp8 needs 24
 
 
+def both(times: dict[tuple[str, int], float]) -> list[NormalRecord]:
+    """Records of both operations from {(format, SMs): us}."""
+    return [
+        record(op, sms, us, dispatch_format=wire)
+        for op in ("dispatch", "combine")
+        for (wire, sms), us in times.items()
+    ]
+
+
+def test_a_count_is_close_enough_in_every_format() -> None:
+    # FP8 is fastest with 24, which is too slow for BF16; nothing but 32 suits both.
+    bf16 = {("bf16", 24): 120.0, ("bf16", 32): 101.0, ("bf16", 64): 100.0}
+    fp8 = {("fp8", 24): 100.0, ("fp8", 32): 104.0, ("fp8", 64): 130.0}
+    assert choose(both(bf16 | fp8)) == TunedSms(32, 32)
+
+
+def test_where_no_count_suits_all_the_one_that_loses_least_is_chosen() -> None:
+    # Fewest that suit each alone: 32 and 24; with 32, FP8 would take 1.67 times its best.
+    bf16 = {("bf16", 24): 105.5, ("bf16", 32): 101.0, ("bf16", 64): 100.0}
+    fp8 = {("fp8", 24): 60.0, ("fp8", 32): 100.0, ("fp8", 64): 100.0}
+    assert choose(both(bf16 | fp8)) == TunedSms(24, 24)
+
+
+def test_a_count_that_was_not_measured_everywhere_is_not_chosen() -> None:
+    times = {("bf16", 8): 100.0, ("bf16", 16): 100.0, ("fp8", 16): 100.0}
+    assert choose(both(times)) == TunedSms(16, 16)
+
+
 def test_nothing_is_chosen_from_a_run_that_failed() -> None:
     bad = record("dispatch", 8, None, status="wrong", reason="rows differ")
     with pytest.raises(BuildError, match="rows differ"):
@@ -90,6 +125,40 @@ def test_what_was_written_is_read_for_its_gpu_and_ranks(gpu: Path) -> None:
     assert tuned_num_sms(2, torch.device("cpu")) == TunedSms()
 
 
+def writes(path: Path, many: int, writer: int) -> None:
+    for ranks in range(many):
+        write_tuned(path, f"GPU {writer}", ranks, TunedSms(writer, ranks))
+
+
+def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.json"
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        list(pool.map(partial(writes, path, 100), range(2)))  # raises what they raised
+    entries = json.loads(path.read_text())
+    assert {name: len(of_gpu) for name, of_gpu in entries.items()} == {"GPU 0": 100, "GPU 1": 100}
+    assert {found.name for found in tmp_path.iterdir()} == {"tuned.json", "tuned.json.lock"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "measured"), [(1, 0, False), (2, 3, False), (2, 2, True)]
+)
+def test_what_ranks_that_share_a_gpu_measure_is_not_written(
+    gpu: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, ranks: int, measured: bool
+) -> None:
+    ran = []
+
+    def run(options: NormalOptions) -> list[NormalRecord]:
+        ran.append(options)  # a GPU that torchrun's ranks share is only seen by them
+        return [record(op, 8, 1.0, ranks_per_gpu=2) for op in ("dispatch", "combine")]
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(normal, "run", run)
+    with pytest.raises(BuildError, match="share a GPU"):
+        main(NormalOptions(ranks=ranks), None, Console())
+    assert bool(ran) is measured
+    assert not gpu.exists()
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"GPU X": {"2": {"dispatch": 8}}}'])
 def test_a_damaged_file_is_refused(gpu: Path, text: str) -> None:
     gpu.parent.mkdir()
@@ -99,10 +168,6 @@ def test_a_damaged_file_is_refused(gpu: Path, text: str) -> None:
 
 
 def test_tuning_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
-    from ep_runtime.bench.normal_options import NormalOptions
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BuildError, match="no GPU"):
         main(NormalOptions(), None, Console())

@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch.distributed import HashStore
+from torch.distributed import FileStore, HashStore
 
 from ep_runtime import ConfigError, GroupFault, PeerTimeout, SequenceError, World
 from ep_runtime.world import VirtualWorld
@@ -322,10 +323,85 @@ def test_ranks_that_miss_different_ones_are_told() -> None:
         if world.rank < 3:
             world.between_meetings(nothing, [2, 3] if world.rank == 1 else [3])
 
-    outcomes = on_ranks(4, step)
+    outcomes = on_ranks(4, step, timeout_s=0.3)
     assert [type(one) for one in outcomes] == [ConfigError] * 3 + [type(None)]
     assert "rank 1 goes on without ranks [2, 3], rank 0 without [3]" in str(outcomes[0])
     assert "mask the same ranks" in str(outcomes[2])
+
+
+def test_ranks_that_were_told_so_agree_at_the_next_try() -> None:
+    """What they said before does not count, whoever comes first."""
+
+    def step(world: World) -> None:
+        if world.rank < 2:
+            with pytest.raises(ConfigError):
+                world.between_meetings(nothing, [2] if world.rank else [3])
+            time.sleep(0.2 * world.rank)
+            world.timeout_s = 5
+            world.between_meetings(nothing, [2, 3])
+
+    assert on_ranks(4, step, timeout_s=0.5) == [None] * 4
+
+
+def test_of_two_ranks_that_were_left_out_one_comes_back() -> None:
+    def step(world: World) -> None:
+        if world.rank < 2:
+            world.between_meetings(nothing, [2, 3])
+        if world.rank < 3:
+            world.between_meetings(nothing, [3])
+            world.between_meetings(nothing, [3])
+
+    assert on_ranks(4, step, timeout_s=5) == [None] * 4
+
+
+def test_a_step_that_is_done_is_not_done_again() -> None:
+    """Rank 0 gives up while rank 1 still works: its peer may have left when it comes again."""
+    done: list[int] = []
+
+    def step(world: World) -> None:
+        def work() -> None:
+            time.sleep(0.6 * world.rank)
+            done.append(world.rank)
+
+        if world.rank == 0:
+            with pytest.raises(PeerTimeout):
+                world.between_meetings(work)
+            time.sleep(0.5)
+        world.between_meetings(work)
+
+    assert on_ranks(2, step, timeout_s=0.3) == [None] * 2
+    assert sorted(done) == [0, 1]
+
+
+def test_a_part_names_ranks_as_the_whole_does() -> None:
+    def step(world: World) -> None:
+        def work() -> None:
+            if world.rank == 3:
+                raise OSError("no room")
+
+        if world.rank >= 2:
+            world.part([2, 3]).agree("working", work)
+
+    outcomes = on_ranks(4, step)
+    assert "rank 3 failed at working" in str(outcomes[2])
+
+
+def test_collectives_apart_are_counted_apart() -> None:
+    def step(world: World) -> list[bytes]:
+        apart = world.apart()
+        if world.rank == 0:
+            with pytest.raises(PeerTimeout):
+                apart.barrier(timeout_s=0.1)
+        return world.all_gather(f"{world.rank}".encode())
+
+    assert on_ranks(2, step) == [[b"0", b"1"]] * 2
+
+
+def test_a_store_in_a_file_names_who_is_missing(tmp_path: Path) -> None:
+    world = World.from_store(FileStore(str(tmp_path / "store"), 2), 0, 2, timeout_s=0.2)
+    with pytest.raises(PeerTimeout) as caught:
+        world.barrier()
+    assert caught.value.peer == 1
 
 
 def test_who_is_neither_here_nor_absent_is_named() -> None:
@@ -374,5 +450,6 @@ def test_meetings_leave_no_keys_behind() -> None:
         world.barrier()
         return world._store.num_keys()
 
-    # Of each rank the last round's two meetings, a barrier, and a counter.
-    assert max(on_ranks(2, step)) <= 2 * 4
+    # Of each rank the last round's two meetings, a barrier, and a counter; of rank 0 the last round
+    # without rank 1, too.
+    assert max(on_ranks(2, step)) <= 2 * 4 + 2
