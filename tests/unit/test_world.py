@@ -323,7 +323,7 @@ def test_ranks_that_miss_different_ones_are_told() -> None:
         if world.rank < 3:
             world.between_meetings(nothing, [2, 3] if world.rank == 1 else [3])
 
-    outcomes = on_ranks(4, step, timeout_s=0.3)
+    outcomes = on_ranks(4, step, timeout_s=1)
     assert [type(one) for one in outcomes] == [ConfigError] * 3 + [type(None)]
     assert "rank 1 goes on without ranks [2, 3], rank 0 without [3]" in str(outcomes[0])
     assert "mask the same ranks" in str(outcomes[2])
@@ -332,15 +332,18 @@ def test_ranks_that_miss_different_ones_are_told() -> None:
 def test_ranks_that_were_told_so_agree_at_the_next_try() -> None:
     """What they said before does not count, whoever comes first."""
 
+    both = threading.Barrier(2)
+
     def step(world: World) -> None:
         if world.rank < 2:
+            both.wait(10)
             with pytest.raises(ConfigError):
                 world.between_meetings(nothing, [2] if world.rank else [3])
             time.sleep(0.2 * world.rank)
-            world.timeout_s = 5
+            world.timeout_s = 10
             world.between_meetings(nothing, [2, 3])
 
-    assert on_ranks(4, step, timeout_s=0.5) == [None] * 4
+    assert on_ranks(4, step, timeout_s=1) == [None] * 4
 
 
 def test_of_two_ranks_that_were_left_out_one_comes_back() -> None:
@@ -366,7 +369,7 @@ def test_a_step_that_is_done_is_not_done_again() -> None:
         if world.rank == 0:
             with pytest.raises(PeerTimeout):
                 world.between_meetings(work)
-            time.sleep(0.5)
+            world.timeout_s = 10
         world.between_meetings(work)
 
     assert on_ranks(2, step, timeout_s=0.3) == [None] * 2
