@@ -135,8 +135,7 @@ class World:
         self._rounds[without] = number + 1
         store.delete_key(said)
         # All have left the round before this one. Who was not here may still look at its last.
-        self._given_up.discard(place)
-        for left in {*self._given_up, f"without{list(without)}/{number - 1}"}:
+        for left in {*self._given_up, f"without{list(without)}/{number - 1}"} - {place}:
             for when in ("before", "after"):
                 store.delete_key(f"{self._prefix}/{left}/{when}/{self.rank}")
         self._given_up.clear()

@@ -125,7 +125,8 @@ class NormalRank(Member):
     def reset(self) -> None:
         """Forget everything in flight and every fault. Collective, synchronises.
 
-        Raises PeerTimeout if a rank does not come: call it again on every rank.
+        Raises PeerTimeout if a rank does not come: call it again on every rank, with no operation
+        in between.
         """
         self._ops.synchronize()
         self.world.between_meetings(self._forget_all)
