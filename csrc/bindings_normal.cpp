@@ -31,6 +31,7 @@ py::dict block_dict(int64_t rows, int64_t row_bytes, int num_scales, int topk) {
 py::dict inbox_dict(int64_t rows, int64_t hidden, int topk) {
     const auto inbox = normal::InboxLayout::make(rows, hidden, topk);
     py::dict d;
+    d["packed"] = inbox.packed;
     d["topk_weights"] = inbox.topk_weights;
     d["bytes"] = inbox.bytes;
     return d;

@@ -270,7 +270,7 @@ def normal_block(rows: int, row_bytes: int, num_scales: int, topk: int) -> dict[
     The rows, x, come last."""
 
 def normal_inbox(rows: int, hidden: int, topk: int) -> dict[str, int]:
-    """Where a combine's BF16 rows come home. Rows at 0; offset topk_weights; bytes."""
+    """Where a combine's BF16 rows come home. Rows at 0; offsets packed, topk_weights; bytes."""
 
 class NormalPart:
     """One of the groups that a rank takes part in, over the same control heap and fault board.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -31,6 +32,33 @@ inline uint64_t mix(uint64_t v) {
     return v ^ (v >> 31);
 }
 
+// What rows of a combine are like.
+enum class Values {
+    kUsual,  // nearly normal: sums of four uniform values
+    kHard,  // of these, rows in turn: zeros; exponents of all sizes; a channel far above the
+            // others; half of the channels zero
+};
+
+inline float value_of(Values values, int64_t row, int channel, uint64_t draw) {
+    int sum = -131070;
+    for (int part = 0; part < 64; part += 16) sum += static_cast<int>(draw >> part & 0xffff);
+    const float usual = static_cast<float>(sum) / 65536.0f;
+    if (values == Values::kUsual) return usual;
+    const uint64_t more = mix(draw);
+    switch (row % 8) {
+        case 0:
+            return 0.0f;
+        case 1:
+            return std::ldexp(usual, static_cast<int>(more % 120) - 60);
+        case 2:
+            return channel % 1500 == 7 ? usual * 5000.0f : usual;
+        case 3:
+            return more % 2 == 0 ? 0.0f : usual;
+        default:
+            return usual;
+    }
+}
+
 // A rank's inputs on the host. x serves as BF16 rows, and its first half as FP8 ones.
 struct Inputs {
     std::vector<uint8_t> x;
@@ -39,7 +67,7 @@ struct Inputs {
     std::vector<float> weights;
     std::vector<uint16_t> y;  // what this rank's experts give, row by row
 
-    Inputs(int rank, int num_tokens) {
+    Inputs(int rank, int num_tokens, Values values) {
         const auto tokens = static_cast<size_t>(num_tokens);
         x.resize(tokens * kBf16.row_bytes);
         auto* words = reinterpret_cast<uint64_t*>(x.data());
@@ -64,9 +92,9 @@ struct Inputs {
         }
         y.resize(tokens * kRanks * kHidden);
         for (size_t i = 0; i < y.size(); ++i) {
-            const uint64_t draw = mix(i * 2 + rank + 99);
-            y[i] = float_to_bf16(static_cast<float>(static_cast<int>(draw % 20001) - 10000) /
-                                 static_cast<float>(1 << (draw >> 32) % 8));
+            const auto row = static_cast<int64_t>(i / kHidden);
+            y[i] = float_to_bf16(
+                value_of(values, row, static_cast<int>(i % kHidden), mix(i * 2 + rank + 99)));
         }
     }
     bool goes(int token, int rank) const {

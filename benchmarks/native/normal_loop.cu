@@ -2,10 +2,11 @@
 //
 //   nvcc -std=c++20 -O3 -arch=sm_90 -Icsrc -o build/normal_loop benchmarks/native/normal_loop.cu
 //       csrc/cuda/normal_kernels.cu csrc/cuda/normal_rank.cu csrc/cuda/memory.cu  (all on one line)
-//   build/normal_loop [--one-gpu] [--check] [--tokens T] [--sms 8,24,0]
+//   build/normal_loop [--one-gpu] [--check] [--raw] [--hard] [--tokens T] [--sms 8,24,0]
 //
 // A rank per GPU where there are two. With one, or with --one-gpu, both share GPU 0, each on a
 // stream of its own: no link is measured then. --sms 0 is all SMs (half of them on a shared GPU).
+// --raw: rows of combines are not packed. --hard: some cannot be, or have escapes.
 //
 // Every line is checked first, BF16 and FP8 alike: the received block against one that the host
 // lays out from the same inputs, the combined rows against FP32 sums rounded once; every byte must
@@ -38,6 +39,8 @@ constexpr uint64_t kBudgetNs = 2'000'000'000;
 struct Options {
     bool one_gpu = false;
     bool check_only = false;
+    bool may_pack = true;
+    Values values = Values::kUsual;
     int num_tokens = 4096;
     std::vector<int> sms = {8, 24, 0};
 };
@@ -63,7 +66,7 @@ struct Shared {
         for (int r = 0; r < kRanks; ++r) {
             controls.emplace_back(control_bytes(), device[r]);
             datas.emplace_back(data_bytes, device[r]);
-            inputs.emplace_back(r, o.num_tokens);
+            inputs.emplace_back(r, o.num_tokens, o.values);
         }
     }
     int64_t most_rows() const { return int64_t{kRanks} * options.num_tokens; }
@@ -145,7 +148,9 @@ struct Rank {
                      num_tokens,
                      shared.block_bytes,
                      out.data(),
-                     nullptr},
+                     nullptr,
+                     nullptr,
+                     shared.options.may_pack},
                     tables(), num_sms, handle());
     }
 
@@ -312,6 +317,10 @@ bool parse(int argc, char** argv, Options& options) {
             options.one_gpu = true;
         } else if (name == "--check") {
             options.check_only = true;
+        } else if (name == "--raw") {
+            options.may_pack = false;
+        } else if (name == "--hard") {
+            options.values = Values::kHard;
         } else if (name == "--tokens" && i + 1 < argc) {
             options.num_tokens = std::atoi(argv[++i]);
             if (options.num_tokens < 1) return false;
@@ -333,8 +342,9 @@ bool parse(int argc, char** argv, Options& options) {
 int main(int argc, char** argv) {
     Options options;
     if (!parse(argc, argv, options)) {
-        std::fprintf(stderr, "usage: %s [--one-gpu] [--check] [--tokens T] [--sms N,...]\n",
-                     argv[0]);
+        std::fprintf(
+            stderr, "usage: %s [--one-gpu] [--check] [--raw] [--hard] [--tokens T] [--sms N,...]\n",
+            argv[0]);
         return 2;
     }
     const int gpus = device_count();

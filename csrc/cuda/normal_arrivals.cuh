@@ -31,15 +31,18 @@ __device__ __forceinline__ void find_arrivals(const CombineArgs& a, Arrival* arr
 // A token's row at rank d, on d's lane: -1 where there is none.
 struct Places {
     int64_t row[kRounds];
+    uint32_t packed[kRounds];  // of a row in the inbox, bit i: piece i is packed
 
-    // Waits until the rows are there. Whole warps; false: gave up.
+    // Waits until the rows are there. `packed_rows`: the inbox's. Whole warps; false: gave up.
     __device__ __forceinline__ bool find(const CombineArgs& a, const Arrival* arrivals,
-                                         Watch& watch, const Positions& positions, uint64_t epoch) {
+                                         const uint32_t* packed_rows, Watch& watch,
+                                         const Positions& positions, uint64_t epoch) {
         const Group& group = a.group;
 #pragma unroll
         for (int j = 0; j < kRounds; ++j) {
             const int d = lane_of() + 32 * j, position = positions.at[j];
             row[j] = -1;
+            packed[j] = 0;
             if (32 * j >= group.num_ranks()) continue;
             const uint64_t* word = nullptr;
             if (position >= 0) {
@@ -51,7 +54,9 @@ struct Places {
                     word = group.chunk(group.rank(), d, position / from.per_chunk);
                 }
             }
-            if (!await_words(watch, word, d, epoch)) return false;
+            uint64_t flags = kPackedRows;
+            if (!await_words(watch, word, d, epoch, flags)) return false;
+            if (flags != 0) packed[j] = packed_rows[row[j]] & PackedPiece::kBits;
         }
         return true;
     }

@@ -12,16 +12,10 @@ struct PartSum {
     static constexpr int kVectors = kReduceBytes / ReduceRing::kStep;
     Sum8 sum[kVectors];
 
-    // `part`: a stage, from this lane's first vector on. Sums of what was not loaded are of
-    // whatever lies there; nobody stores them.
-    __device__ __forceinline__ void add(const uint8_t* part) {
-        ptx::Vector v[kVectors];
+    // Sums of what was not loaded are of whatever lies there; nobody stores them.
+    __device__ __forceinline__ void add(const LanePart& part) {
 #pragma unroll
-        for (int u = 0; u < kVectors; ++u) {
-            v[u] = *reinterpret_cast<const ptx::Vector*>(part + u * ReduceRing::kStep);
-        }
-#pragma unroll
-        for (int u = 0; u < kVectors; ++u) sum[u].add(1.0f, v[u]);
+        for (int u = 0; u < kVectors; ++u) sum[u].add(1.0f, part.v[u]);
     }
     template <bool kWhole>
     __device__ __forceinline__ void store(uint8_t* to, int num_vectors) const {
@@ -45,11 +39,12 @@ struct Reducer {
     const CombineArgs& a;
     ReduceRing ring;
     const CombineScratch& scratch;
-    const uint8_t** terms;  // of the token being fetched
+    uintptr_t* terms;  // of the token being fetched: where, and in the low bits Places::packed
     Claims claims;
     Watch watch;
     uint64_t epoch;
     const uint8_t* inbox;
+    InboxLayout at;  // in it
     Positions positions{};  // of the token to fetch next
     bool ok = true;
     int32_t listed = 0;  // tokens with terms; what must be known of the i-th is on lane i % 32
@@ -71,7 +66,9 @@ struct Reducer {
                   Claims::start(a.group, kCombineTokens, warp, kReduceWarps),
                   Watch{a.group.waits, Op::kNormalCombine},
                   epoch,
-                  a.group.data[a.group.rank()] + a.work.inbox_offset};
+                  a.group.data[a.group.rank()] + a.work.inbox_offset,
+                  InboxLayout::make(scratch.sources[a.group.rank()].in_inbox, a.work.hidden,
+                                    a.work.topk)};
         r.look_up(r.claims[0]);
         r.claims.take();
         r.next_token();
@@ -84,11 +81,6 @@ struct Reducer {
         return rank == a.group.rank() ? a.work.x + row * a.work.stride_bytes
                                       : inbox + row * 2 * a.work.hidden;
     }
-    __device__ __forceinline__ const float* inbox_weights() const {
-        const int rows = scratch.sources[a.group.rank()].in_inbox;
-        const auto layout = InboxLayout::make(rows, a.work.hidden, a.work.topk);
-        return reinterpret_cast<const float*>(inbox + layout.topk_weights);
-    }
     // Lists the terms of `token`.
     __device__ __forceinline__ void list_terms(const Places& places) {
         __syncwarp();  // the list before is used up
@@ -97,7 +89,7 @@ struct Reducer {
         for (const uint16_t* bias : a.work.bias) {
             if (bias == nullptr) continue;
             const auto* row = bias + static_cast<int64_t>(token) * a.work.hidden;
-            if (lane_of() == 0) terms[wanted] = reinterpret_cast<const uint8_t*>(row);
+            if (lane_of() == 0) terms[wanted] = reinterpret_cast<uintptr_t>(row);
             ++wanted;
         }
 #pragma unroll
@@ -105,7 +97,8 @@ struct Reducer {
             const unsigned who = __ballot_sync(kFullWarp, places.row[j] >= 0);
             if (places.row[j] >= 0) {
                 terms[wanted + __popc(who & ((1u << lane_of()) - 1))] =
-                    row_at(lane_of() + 32 * j, places.row[j]);
+                    reinterpret_cast<uintptr_t>(row_at(lane_of() + 32 * j, places.row[j])) +
+                    places.packed[j];
             }
             wanted += __popc(who);
         }
@@ -132,7 +125,9 @@ struct Reducer {
             token = claims[++index];
             if (token >= a.work.num_tokens) return;
             Places places;
-            ok = places.find(a, scratch.arrivals, watch, positions, epoch);
+            ok = places.find(a, scratch.arrivals,
+                             reinterpret_cast<const uint32_t*>(inbox + at.packed), watch, positions,
+                             epoch);
             if (!ok) {
                 token = a.work.num_tokens;
                 return;
@@ -140,7 +135,9 @@ struct Reducer {
             claims.take();
             look_up(claims[index + 1]);
             list_terms(places);
-            if (a.work.out_weights != nullptr) reduce_weights(a, inbox_weights(), places, token);
+            if (a.work.out_weights == nullptr) continue;
+            reduce_weights(a, reinterpret_cast<const float*>(inbox + at.topk_weights), places,
+                           token);
         }
     }
     __device__ __forceinline__ int offset_of(int p) const {
@@ -149,9 +146,19 @@ struct Reducer {
     __device__ __forceinline__ int bytes_of(int p) const {
         return kWhole ? kReduceBytes : a.parts.bytes_of(p);
     }
+    // Of the row at this term.
+    __device__ __forceinline__ void load_part(uintptr_t what) {
+        const auto* row = reinterpret_cast<const uint8_t*>(what & ~uintptr_t{kRowMultiple - 1});
+        const int piece = part / PackedPiece::kParts, p = part % PackedPiece::kParts;
+        if (!kWhole || (what >> piece & 1) == 0) {
+            return ring.template load<kWhole>(row + offset_of(part), bytes_of(part) / 16);
+        }
+        row += static_cast<int64_t>(piece) * PackedPiece::kRawBytes;
+        ring.load_packed(row + PackedPiece::body(p), row + PackedPiece::header(p));
+    }
     __device__ __forceinline__ void load_next() {
         if (token >= a.work.num_tokens) return ring.template load<kWhole>(nullptr, 0);
-        ring.template load<kWhole>(terms[term] + offset_of(part), bytes_of(part) / 16);
+        load_part(terms[term]);
         if (++term < wanted) return;
         term = 0;
         if (++part < a.parts.count) return;
@@ -167,7 +174,9 @@ struct Reducer {
 #pragma unroll 1
             for (int t = 0; t < count; ++t) {
                 load_next();
-                sum.add(ring.await());
+                const bool packed = kWhole && ring.next_is_packed();
+                const uint8_t* stage = ring.await();
+                sum.add(packed ? unpack_part(stage) : LanePart::load(stage));
             }
             sum.template store<kWhole>(out + offset_of(p), bytes_of(p) / 16);
         }
@@ -201,7 +210,7 @@ __device__ __forceinline__ void combine(const CombineArgs& a, uint8_t* smem) {
         if (warp_of() < kSendWarps) {
             ok = send_chunks(a, scratch, epoch);
         } else if (warp_of() == kAnnouncer) {
-            announce(scratch.outboxes, sending_warps(static_cast<int>(gridDim.x)), epoch);
+            announce(scratch.outboxes, a.senders, epoch);
         } else {
             if (warp_of() == kFirstReducer) find_arrivals(a, scratch.arrivals);
             ptx::sync_some<2, 32 * kReduceWarps>();  // not the sending warps, which begin before

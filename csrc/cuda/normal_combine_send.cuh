@@ -1,98 +1,14 @@
-// Combine, the sending warps: rows go back to their sources, through the copy engine.
+// Combine, the sending warps: rows go back to their sources, through the copy engine, packed on
+// their way through shared memory where there are SMs for it.
 //
 // A source's rows are cut into chunks; a warp sends a whole chunk and then tells the source. All
 // sources' first chunks go out first, as the sources' reducing warps want them.
 #pragma once
 
-#include "cuda/normal_announce.cuh"
+#include "cuda/normal_combine_scratch.cuh"
+#include "cuda/normal_pack.cuh"
 
 namespace ep::normal {
-
-using ReduceRing = CopyRing<kReduceStages, kReduceBytes>;
-
-inline constexpr int kMostTerms = kMaxTopk + 2;  // rows of a token, and biases
-
-// Rows of one chunk, of `rows` from one rank to one source; the last chunks may have none.
-EP_HD int chunk_rows(int rows) { return static_cast<int>(ceil_div(rows, kNumChunks)); }
-EP_HD int num_chunks(int rows) { return static_cast<int>(ceil_div(rows, chunk_rows(rows))); }
-
-// This rank's rows of one source.
-struct Homeward {
-    int32_t rows;
-    int32_t first;   // in x
-    int32_t to;      // in the source's inbox
-    int32_t in_inbox;  // rows of that inbox, of all ranks
-};
-
-// A rank's rows for this one.
-struct Arrival {
-    int32_t first;  // in the inbox; of this rank itself: in x
-    int32_t per_chunk;
-};
-
-// A piece in a stage of a sending warp.
-struct Sent {
-    int32_t source;
-    int32_t row;  // among the source's
-    int32_t piece;
-    int32_t chunk;  // that it ends, or -1
-};
-
-struct CombineScratch {
-    uint8_t* send_stages;  // and their arrival words
-    uint8_t* reduce_stages;
-    const uint8_t** terms;  // [kReduceWarps][kMostTerms]
-    Sent* sent;  // [kCombineStages], beside the stages
-    Outbox* outboxes;  // [kSendWarps]
-    Homeward* sources;  // [R]
-    Arrival* arrivals;  // [R]
-
-    static constexpr int kReduce = kCombineStages * (kSendBytes + 8);
-    static constexpr int kTerms = kReduce + ReduceRing::bytes(kReduceWarps);
-    static constexpr int kSent = kTerms + kReduceWarps * kMostTerms * 8;
-    static constexpr int kOutboxes = kSent + kCombineStages * static_cast<int>(sizeof(Sent));
-    static constexpr int kSources = kOutboxes + kSendWarps * static_cast<int>(sizeof(Outbox));
-
-    static EP_HD int bytes(int num_ranks) {
-        return kSources + num_ranks * static_cast<int>(sizeof(Homeward) + sizeof(Arrival));
-    }
-    static __device__ __forceinline__ CombineScratch carve(uint8_t* smem, int num_ranks) {
-        auto* sources = reinterpret_cast<Homeward*>(smem + kSources);
-        return {smem,
-                smem + kReduce,
-                reinterpret_cast<const uint8_t**>(smem + kTerms),
-                reinterpret_cast<Sent*>(smem + kSent),
-                reinterpret_cast<Outbox*>(smem + kOutboxes),
-                sources,
-                reinterpret_cast<Arrival*>(sources + num_ranks)};
-    }
-};
-
-// Whole warps: tokens from `source` to ranks below `below`, itself not counted.
-__device__ __forceinline__ int inbox_rows(const int32_t* rank_prefix, int num_ranks, int source,
-                                          int below) {
-    int rows = 0;
-#pragma unroll 1
-    for (int r = lane_of(); r < below; r += 32) {
-        if (r != source) rows += tokens_between(rank_prefix, num_ranks, source, r);
-    }
-    return __reduce_add_sync(kFullWarp, rows);
-}
-
-// All warps, a source each.
-__device__ __forceinline__ void find_sources(const CombineArgs& a, Homeward* sources) {
-    const int num_ranks = a.group.num_ranks(), me = a.group.rank();
-    const int32_t* prefix = a.tables.rank_prefix;
-#pragma unroll 1
-    for (int s = warp_of(); s < num_ranks; s += kCombineThreads / 32) {
-        const int to = inbox_rows(prefix, num_ranks, s, me);
-        const int in_inbox = inbox_rows(prefix, num_ranks, s, num_ranks);
-        if (lane_of() == 0) {
-            sources[s] = {tokens_between(prefix, num_ranks, s, me),
-                          tokens_before(prefix, num_ranks, s, me), to, in_inbox};
-        }
-    }
-}
 
 // The sources' inboxes as a warp has found them so far; source s is on lane s % 32.
 struct Inboxes {
@@ -143,23 +59,41 @@ __device__ __forceinline__ void send_weights(const CombineArgs& a, const Homewar
         a.work.topk_weights[a.work.row(home.first + row) * topk + lane_of()];
 }
 
-// The chunks of one of kWarps sending warps. Item by item: chunk by chunk; within a chunk, the
-// other ranks from the next one on.
-template <int kWarps>
+// How combine's warps send.
+template <int kWarpsOf, bool kPacksOf, int kAheadOf, int kLagOf>
+struct Sending {
+    static constexpr int kWarps = kWarpsOf;
+    static constexpr bool kPacks = kPacksOf;
+    static constexpr int kStages = kCombineStages / kWarps / (kPacks ? 2 : 1);
+    static constexpr int kAhead = kAheadOf;  // pieces; more: held when others are done
+    static constexpr int kLag = kLagOf;  // pieces on their way
+};
+using ManyPack = Sending<kSendWarps, true, 1, 1>;
+using TwoPack = Sending<2, true, 2, 1>;
+using OnePacks = Sending<1, true, 3, 1>;
+using ManySend = Sending<kSendWarps, false, 2, 4>;
+using TwoSend = Sending<2, false, 3, 3>;
+using OneSends = Sending<1, false, 3, 1>;
+
+// The chunks of one of the sending warps. Item by item: chunk by chunk; within a chunk, the other
+// ranks from the next one on.
+template <class How>
 struct ChunkSender {
-    static constexpr int kStages = kCombineStages / kWarps;
-    static constexpr int kAhead = kWarps == kSendWarps ? 2 : 3;  // more: held when others are done
-    static constexpr int kLag = kWarps == 1 ? 1 : kWarps == 2 ? 3 : 4;  // pieces on their way
+    static constexpr int kWarps = How::kWarps, kStages = How::kStages, kAhead = How::kAhead;
+    static constexpr int kLag = How::kLag;
+    using SendRing = Ring<kStages, kAhead, kCombineBytes>;
 
     const CombineArgs& a;
     const CombineScratch& scratch;
-    Ring<kStages, kAhead, kSendBytes> ring;
+    SendRing ring;
     Sent* sent;  // beside the stages
     Claims claims;
     int32_t items = 0;
     int32_t index = 0;
     Sent next{-1, 0, 0, 0};  // chunk: the one being loaded; source -1: none is left
     int32_t end = 0;  // of its rows
+    uint32_t packed = 0;  // pieces of the row being sent,
+    bool any_packed = false;  // of the chunk
 
     static __device__ __forceinline__ ChunkSender start(const CombineArgs& a,
                                                         const CombineScratch& scratch) {
@@ -222,20 +156,43 @@ struct ChunkSender {
         claims.take();
         seek();
     }
+    // Packs the piece in a stage, if it does, and says where it then lies and how large it is. What
+    // went out of that place before has been read: it is kStages pieces ago.
+    __device__ __forceinline__ const uint8_t* pack(const Sent& what, int slot, const uint8_t* stage,
+                                                   int& bytes) {
+        if (what.piece == 0) packed = 0;
+        uint8_t* to = scratch.slots + (warp_of() * kStages + slot) * kCombineBytes;
+        const int parts = bytes / PackedPiece::kRawPart;
+        if (!pack_piece(stage, parts, to)) return stage;
+        ptx::fence_async_shared();  // the copy engine sees it
+        packed |= 1u << what.piece;
+        any_packed = true;
+        bytes = PackedPiece::bytes(parts);
+        __syncwarp();
+        return to;
+    }
     // The next piece to where it belongs. Whole warps.
     __device__ __forceinline__ void store_piece(const Sent& what, const Homeward& home,
-                                                uint8_t* inbox, Underway<kLag>& underway) {
-        const int64_t row_bytes = 2LL * a.work.hidden;
+                                                uint8_t* inbox, const InboxLayout& layout,
+                                                Underway<kLag>& underway) {
+        const int64_t row_bytes = 2LL * a.work.hidden, row = home.to + what.row;
         if (what.piece == 0) send_weights(a, home, inbox, what.row);
-        const uint8_t* stage = ring.await();
+        const int slot = ring.next_used;
+        const uint8_t* from = ring.await();
+        int bytes = a.pieces.bytes_of(what.piece);
+        if constexpr (How::kPacks) from = pack(what, slot, from, bytes);
         if (lane_of() == 0) {
-            ptx::start_store(inbox + (home.to + what.row) * row_bytes +
-                                 static_cast<int64_t>(what.piece) * a.pieces.bytes,
-                             stage, static_cast<uint32_t>(a.pieces.bytes_of(what.piece)));
+            ptx::start_store(
+                inbox + row * row_bytes + static_cast<int64_t>(what.piece) * a.pieces.bytes, from,
+                static_cast<uint32_t>(bytes));
+            if (How::kPacks && what.piece == a.pieces.count - 1) {
+                reinterpret_cast<uint32_t*>(inbox + layout.packed)[row] = packed;
+            }
             if (what.chunk >= 0) {
-                underway.add(a.group.chunk(what.source, a.group.rank(), what.chunk));
+                underway.add(a.group.chunk(what.source, a.group.rank(), what.chunk), any_packed);
             }
         }
+        if (what.chunk >= 0) any_packed = false;
         ptx::commit_stores();
     }
     // Returns when all has arrived. False: gave up.
@@ -258,7 +215,7 @@ struct ChunkSender {
             const auto layout = InboxLayout::make(home.in_inbox, a.work.hidden, a.work.topk);
             uint8_t* inbox = inboxes.open(a.group, watch, what.source, layout.bytes, epoch);
             if (inbox == nullptr) break;
-            store_piece(what, home, inbox, underway);
+            store_piece(what, home, inbox, layout, underway);
         }
         const bool ok = ring.loads == 0;
         ring.drain();
@@ -273,14 +230,20 @@ struct ChunkSender {
     }
 };
 
+template <class Many, class Two, class One>
+__device__ __forceinline__ bool send_as(const CombineArgs& a, const CombineScratch& scratch,
+                                        uint64_t epoch) {
+    if (warp_of() >= a.senders) return true;
+    if (a.senders == One::kWarps) return ChunkSender<One>::start(a, scratch).send(epoch);
+    if (a.senders == Two::kWarps) return ChunkSender<Two>::start(a, scratch).send(epoch);
+    return ChunkSender<Many>::start(a, scratch).send(epoch);
+}
+
 // The sending warps. False: gave up.
 __device__ __forceinline__ bool send_chunks(const CombineArgs& a, const CombineScratch& scratch,
                                             uint64_t epoch) {
-    const int warps = sending_warps(static_cast<int>(gridDim.x));
-    if (warp_of() >= warps) return true;
-    if (warps == 1) return ChunkSender<1>::start(a, scratch).send(epoch);
-    if (warps == 2) return ChunkSender<2>::start(a, scratch).send(epoch);
-    return ChunkSender<kSendWarps>::start(a, scratch).send(epoch);
+    return a.packs ? send_as<ManyPack, TwoPack, OnePacks>(a, scratch, epoch)
+                   : send_as<ManySend, TwoSend, OneSends>(a, scratch, epoch);
 }
 
 }  // namespace ep::normal

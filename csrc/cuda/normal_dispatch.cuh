@@ -14,7 +14,7 @@ struct DispatchScratch {
     Target* targets;  // [R]
     int32_t* tokens;  // [kDescribeWarps][kStretch]
 
-    static constexpr int kStageBytes = kDispatchStages * (kSendBytes + 8);
+    static constexpr int kStageBytes = kDispatchStages * (kDispatchBytes + 8);
     static constexpr int kTokenBytes =
         kDescribeWarps * kStretch * static_cast<int>(sizeof(int32_t));
 
@@ -36,7 +36,7 @@ struct RowSender {
     static constexpr int kAhead = kWarps == 2 ? 3 : 2;
 
     const DispatchArgs& a;
-    Ring<kStages, kAhead, kSendBytes> ring;
+    Ring<kStages, kAhead, kDispatchBytes> ring;
     Claims claims;
     int32_t index = 0;  // of the claim that is being loaded
     int32_t token = 0;

@@ -85,15 +85,23 @@ struct Pieces {
     int32_t last;  // bytes of the last
 
     EP_HD int bytes_of(int piece) const { return piece + 1 < count ? bytes : last; }
+    // As even as whole lines allow: the copy engine is slower where addresses in shared and global
+    // memory do not agree within a line;
     static Pieces make(int64_t row_bytes, int stage_bytes) {
         const int64_t count = ceil_div(row_bytes, stage_bytes);
-        const int64_t bytes = round_up(ceil_div(row_bytes, count), kRowMultiple);
+        return of(row_bytes, round_up(ceil_div(row_bytes, count), kLine));
+    }
+    // or of so many bytes each.
+    static Pieces of(int64_t row_bytes, int64_t bytes) {
+        const int64_t count = ceil_div(row_bytes, bytes);
         return {static_cast<int32_t>(count), static_cast<int32_t>(bytes),
                 static_cast<int32_t>(row_bytes - (count - 1) * bytes)};
     }
 };
 
-inline constexpr int kSendBytes = 7168;  // of a stage between a bulk load and bulk stores
+// Of a stage between a bulk load and bulk stores.
+inline constexpr int kDispatchBytes = 7168;
+inline constexpr int kCombineBytes = PackedPiece::kRawBytes;
 inline constexpr int kCountThreads = 512;  // layout, notify: kThreads, as lines want it
 
 // With many SMs few bytes of each keep the link busy. Then one or two warps of each send: what a
@@ -118,6 +126,19 @@ inline constexpr int kCombineThreads = 32 * (kFirstReducer + kReduceWarps);
 inline constexpr int kCombineStages = 16;  // of the warps that send, together
 inline constexpr int kReduceBytes = 2048;  // of a stage that a reducing warp adds from
 inline constexpr int kReduceStages = 4;
+
+// Rows are packed where there are SMs to do it: fewer are busy enough with the sums. Half of the
+// stages are then for what goes out. Packing takes a warp 0.6 us a part, so with fewer SMs more
+// warps of each.
+inline constexpr int kPackSms = 32;
+inline constexpr int kMostSms = 112;
+EP_HD constexpr bool packs_rows(int ctas, int64_t row_bytes) {
+    return ctas >= kPackSms && row_bytes % PackedPiece::kRawPart == 0;
+}
+EP_HD constexpr int packing_warps(int ctas) {
+    return ctas < kManySms ? kSendWarps : ctas < kMostSms ? 2 : 1;
+}
+static_assert(kReduceBytes == PackedPiece::kRawPart);
 
 // Scales travel four at a time where that is possible.
 struct ScaleUnits {
@@ -169,8 +190,25 @@ struct CombineArgs {
     NormalCombine work;
     NormalTables tables;
     Pieces pieces;  // as they are sent
+    bool packs;
+    int32_t senders;  // warps of a CTA
     Pieces parts;  // as they are added
     Group group;
+
+    // Of a kernel of so many CTAs.
+    static CombineArgs make(const NormalCombine& work, const NormalTables& tables, int ctas,
+                            const Group& group) {
+        const int64_t row_bytes = 2LL * work.hidden;
+        const bool packs = work.may_pack && packs_rows(ctas, row_bytes);
+        return {.work = work,
+                .tables = tables,
+                .pieces = packs ? Pieces::of(row_bytes, kCombineBytes)
+                                : Pieces::make(row_bytes, kCombineBytes),
+                .packs = packs,
+                .senders = packs ? packing_warps(ctas) : sending_warps(ctas),
+                .parts = Pieces::make(row_bytes, kReduceBytes),
+                .group = group};
+    }
 };
 
 // Dynamic shared memory.

@@ -213,7 +213,7 @@ void CudaNormal::dispatch(const NormalRows& rows, const NormalRoutes& routes, in
                .rows = rows,
                .routes = routes,
                .tables = tables,
-               .pieces = normal::Pieces::make(rows.row_bytes, normal::kSendBytes),
+               .pieces = normal::Pieces::make(rows.row_bytes, normal::kDispatchBytes),
                .scales = normal::ScaleUnits::make(rows),
                .by_topk = FastDiv::by(static_cast<uint32_t>(std::max(1, routes.topk))),
                .local_experts = num_experts / group_.num_ranks(),
@@ -237,11 +237,7 @@ void CudaNormal::combine(const NormalCombine& work, const NormalTables& tables, 
     launch(normal::combine_kernel_ptr(),
            {grid, normal::kCombineThreads, normal::combine_scratch_bytes(group_.num_ranks()),
             stream, starts_early_},
-           normal::CombineArgs{.work = work,
-                               .tables = tables,
-                               .pieces = normal::Pieces::make(row_bytes, normal::kSendBytes),
-                               .parts = normal::Pieces::make(row_bytes, normal::kReduceBytes),
-                               .group = group_});
+           normal::CombineArgs::make(work, tables, grid, group_));
 }
 
 void CudaNormal::set_time_budget(uint64_t nanoseconds) const {

@@ -22,12 +22,16 @@ __device__ __forceinline__ bool may_run(const Group& group, Op op) {
     return __syncthreads_or(word != 0) == 0;
 }
 
-// Waits until each lane's word holds the epoch; acquires what was written before it. A null pointer
-// asks for nothing. Whole warps; false: gave up.
+// Waits until each lane's word holds the epoch, with any of these flags beside it, which `flags`
+// then has; acquires what was written before it. A null pointer asks for nothing. Whole warps;
+// false: gave up.
 __device__ __forceinline__ bool await_words(Watch& watch, const uint64_t* word, int peer,
-                                            uint64_t epoch) {
+                                            uint64_t epoch, uint64_t& flags) {
+    const uint64_t known = flags;
     while (true) {
-        const uint64_t seen = word == nullptr ? epoch : ptx::load_acquire_sys(word);
+        const uint64_t found = word == nullptr ? epoch : ptx::load_acquire_sys(word);
+        const uint64_t seen = found & ~known;
+        flags = found & known;
         const Missing missing{seen != epoch, peer, epoch, seen,
                               reinterpret_cast<const uint8_t*>(word)};
         if (!__any_sync(kFullWarp, missing.waiting)) break;
@@ -35,6 +39,12 @@ __device__ __forceinline__ bool await_words(Watch& watch, const uint64_t* word, 
     }
     __syncwarp();  // the other lanes see what each has acquired
     return true;
+}
+
+__device__ __forceinline__ bool await_words(Watch& watch, const uint64_t* word, int peer,
+                                            uint64_t epoch) {
+    uint64_t no_flags = 0;
+    return await_words(watch, word, peer, epoch, no_flags);
 }
 
 // A peer's offset is where we write: never beyond its heap. False: recorded.
@@ -211,6 +221,7 @@ struct CopyRing {
     uint8_t* stages;
     int32_t filling = 0;
     int32_t next_used = 0;
+    uint32_t packed = 0;  // bit i: the i-th last load, of one part of a packed piece
 
     static EP_HD constexpr int bytes(int warps) { return warps * kStages * kBytes; }
     static __device__ __forceinline__ CopyRing carve(uint8_t* smem, int warp) {
@@ -225,9 +236,21 @@ struct CopyRing {
         } else if (num_vectors != 0) {
             ptx::start_four_copies(to, from + 16 * lane_of());
         }
+        loaded(false);
+    }
+    // A packed part: every lane gets the header.
+    __device__ __forceinline__ void load_packed(const uint8_t* body, const uint8_t* header) {
+        ptx::start_packed_copies(stages + filling * kBytes + 16 * lane_of(), body + 16 * lane_of(),
+                                 header);
+        loaded(true);
+    }
+    __device__ __forceinline__ void loaded(bool is_packed) {
         ptx::commit_copies();
         filling = filling + 1 == kStages ? 0 : filling + 1;
+        packed = packed << 1 | (is_packed ? 1 : 0);
     }
+    // What await() gives next. Asked when the loads that come before it have started.
+    __device__ __forceinline__ bool next_is_packed() const { return (packed >> kAhead & 1) != 0; }
     // What this lane loaded kAhead loads ago, its first vector.
     __device__ __forceinline__ const uint8_t* await() {
         ptx::await_copies<kAhead>();

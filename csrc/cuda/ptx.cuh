@@ -102,7 +102,11 @@ __device__ __forceinline__ uint32_t add_acq_rel_gpu(uint32_t* p, uint32_t v) {
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
-// Between ordinary accesses and bulk copies that must not overtake them.
+// Between ordinary accesses to shared memory and bulk copies out of it,
+__device__ __forceinline__ void fence_async_shared() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// or ordinary accesses to any memory and bulk copies that must not overtake them.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // A word in shared memory that counts arrivals, `expected` a phase, and a bulk load's bytes. It is
@@ -207,6 +211,16 @@ __device__ __forceinline__ void start_four_copies(void* to, const void* from) {
         "cp.async.cg.shared.global [%0 + 1024], [%1 + 1024], 16;\n"
         "cp.async.cg.shared.global [%0 + 1536], [%1 + 1536], 16;\n" ::"r"(shared_address(to)),
         "l"(from)
+        : "memory");
+}
+// Three, and in place of the fourth what is at `last`.
+__device__ __forceinline__ void start_packed_copies(void* to, const void* from, const void* last) {
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;\n"
+        "cp.async.cg.shared.global [%0 + 512], [%1 + 512], 16;\n"
+        "cp.async.cg.shared.global [%0 + 1024], [%1 + 1024], 16;\n"
+        "cp.async.cg.shared.global [%0 + 1536], [%2], 16;\n" ::"r"(shared_address(to)),
+        "l"(from), "l"(last)
         : "memory");
 }
 __device__ __forceinline__ void commit_copies() {

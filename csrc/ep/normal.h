@@ -28,6 +28,12 @@ EP_HD uint64_t done_share(uint64_t i, uint64_t n) {
     return kDoneUnit * (i + 1) / n - kDoneUnit * i / n;
 }
 
+// A chunk of a combine's rows is there; with kPackedRows, rows in it may have packed pieces.
+inline constexpr uint64_t kPackedRows = uint64_t{1} << 63;
+EP_HD uint64_t chunk_word(uint64_t epoch, bool packed) {
+    return packed ? epoch | kPackedRows : epoch;
+}
+
 // What the owner of a block or an inbox tells every rank, at the start of its own operation.
 // `epoch` comes with the rest, or after it: who finds it may write there.
 struct Credit {
@@ -49,7 +55,7 @@ struct ControlLayout {
     int64_t
         done_offset;  // [R] lines: done_word(epoch); all rows of the source's dispatch are there
     int64_t
-        chunk_offset;  // [R][kNumChunks] uint64: epoch; the chunk's rows are there. Host: chunk 0
+        chunk_offset;  // [R][kNumChunks] uint64: chunk_word(); the rows are there. Host: chunk 0
     int64_t bytes;
     static constexpr int64_t kAbortOffset = HeapLayout::kAbortOffset;
 
@@ -101,19 +107,53 @@ enum class BlockSize : int32_t {
 };
 
 // What a combine leaves at a source: BF16 rows of the other ranks, in rank order, each rank's in
-// the order of its block; then their top-k weights. rows: the tokens that the source sent to other
-// ranks.
+// the order of its block; then which of their pieces are packed, and their top-k weights. rows: the
+// tokens that the source sent to other ranks.
 struct InboxLayout {
+    int64_t packed;  // uint32 [rows]: bit i: piece i is a PackedPiece; of chunks with kPackedRows
     int64_t topk_weights;  // float32 [rows, K]
     int64_t bytes;
 
     static EP_HD InboxLayout make(int64_t rows, int64_t hidden, int topk) {
         InboxLayout i{};
-        i.topk_weights = round_up(rows * hidden * 2, kLine);
+        i.packed = round_up(rows * hidden * 2, kLine);
+        i.topk_weights = i.packed + round_up(rows * 4, kLine);
         i.bytes = i.topk_weights + round_up(rows * topk * 4, kLine);
         return i;
     }
 };
+
+// A piece of a BF16 row, up to four parts of 1024 channels, in three quarters of its bytes, without
+// loss: channels that lie together have exponents of similar size. It begins where the raw piece
+// would, with the parts' headers; their bodies follow. A part has four steps of 256 channels, one
+// after the other in the row; lane l of a warp has channels 8l to 8l + 7 of each. Of a channel, the
+// body has
+//   a byte: sign and mantissa; [steps 0 and 1, then 2 and 3][lane][step][channel]
+//   a nibble, the code: how far its exponent is below the step's base; [lane][step], in a word the
+//   even channels first. kEscape: the exponent itself is in the header's list of escapes, which
+//   goes by step, lane, nibble.
+// A header has the steps' bases, how many escapes there are, and those. A piece with a part of
+// more than kMostEscapes goes as it is.
+struct PackedPiece {
+    static constexpr int kParts = 4;
+    static constexpr int kSteps = 4;
+    static constexpr int kStepBytes = 512;  // raw
+    static constexpr int kRawPart = kSteps * kStepBytes;
+    static constexpr int kRawBytes = kParts * kRawPart;
+    static constexpr int kEscape = 15;
+    static constexpr int kCount = kSteps;  // in a header, in bytes; before it the bases
+    static constexpr int kFirstEscape = kCount + 1;
+    static constexpr int kHeader = 16;
+    static constexpr int kMostEscapes = kHeader - kFirstEscape;
+    static constexpr int kBody = kRawPart * 3 / 4;
+    static constexpr uint32_t kBits = (1u << kMaxRowBytes / kRawBytes) - 1;  // a row's pieces
+
+    static EP_HD constexpr int header(int part) { return kHeader * part; }
+    static EP_HD constexpr int body(int part) { return header(kParts) + kBody * part; }
+    static EP_HD constexpr int bytes(int parts) { return body(parts); }
+};
+static_assert(PackedPiece::bytes(1) <= PackedPiece::kRawPart);
+static_assert(PackedPiece::kBits < kRowMultiple);  // an address of a row has room for them
 
 // Tokens from rank s to rank d, out of rank_prefix [R, R] (inclusive over sources).
 EP_HD int32_t tokens_before(const int32_t* rank_prefix, int num_ranks, int s, int d) {

@@ -58,6 +58,7 @@ struct NormalCombine {
     float* out_weights;  // [T, K], or nullptr: no weights come home
     // [N] the rows of x, and of topk_weights, by source rank, then token; nullptr: so they lie.
     const int32_t* order = nullptr;
+    bool may_pack = true;  // CUDA: rows may travel as packed pieces
 
     EP_HD int64_t row(int64_t index) const { return order == nullptr ? index : order[index]; }
 };

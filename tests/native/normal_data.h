@@ -86,6 +86,18 @@ void draw_bf16(std::mt19937& random, std::vector<uint16_t>& to, int64_t count) {
     for (uint16_t& v : to) v = float_to_bf16(normal(random));
 }
 
+// Rows in turn: as they are; all zero; every second channel zero; exponents of every size; some
+// channels far below the others.
+void vary_rows(std::mt19937& random, std::vector<uint16_t>& rows, int64_t stride) {
+    for (size_t i = 0; i < rows.size(); ++i) {
+        const auto row = static_cast<int64_t>(i) / stride;
+        uint16_t& v = rows[i];
+        const auto exponent = static_cast<uint16_t>(random() % 200 << 7);
+        if (row % 5 == 1 || (row % 5 == 2 && i % 2 == 0)) v = 0;
+        if (row % 5 == 3 || (row % 5 == 4 && random() % 180 == 0)) v = (v & 0x807f) | exponent;
+    }
+}
+
 Input draw(const Sizes& s, std::mt19937& random) {
     Input in;
     in.num_tokens = static_cast<int>(random() % static_cast<unsigned>(s.max_tokens + 1));

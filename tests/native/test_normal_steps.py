@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from native_build import EMULATED, HERE, NORMAL_STEPS, build, host_sources
 
+AGREE = "the kernels' steps and the host backend agree\n"
+
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,7 +31,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(5, 10, 256, 1, 32, 7, 3, id="five ranks, most choices"),
         pytest.param(2, 8, 16384, 3, 4, 5, 2, id="rows in several pieces"),
         pytest.param(2, 8, 512, 4, 4, 9, 20, id="scales four at a time, two senders a CTA"),
-        pytest.param(2, 8, 16384, 0, 4, 40, 66, id="one sender a CTA"),
+        pytest.param(2, 8, 1024, 0, 4, 40, 66, id="one sender a CTA"),
         pytest.param(2, 4, 256, 0, 2, 4000, 2, id="more rows than a combine has chunks"),
     ],
 )
@@ -43,10 +45,34 @@ def test_steps_give_the_host_backends_bytes(
     tokens: int,
     ctas: int,
 ) -> None:
+    sizes = (num_ranks, num_experts, row_bytes, num_scales, topk, tokens, ctas, ctas)
+    assert run(program, sizes) == AGREE
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "row_bytes", "tokens", "as_of"),
+    [
+        pytest.param(3, 14336, 30, 32, id="packed by four warps a CTA"),
+        pytest.param(2, 32768, 40, 64, id="packed by two warps a CTA"),
+        pytest.param(4, 2048, 40, 112, id="packed by one warp a CTA"),
+        pytest.param(2, 2048, 3500, 32, id="chunks of several rows, packed or not"),
+    ],
+)
+def test_packed_rows_add_up_to_the_same_bytes(
+    program: Path, num_ranks: int, row_bytes: int, tokens: int, as_of: int
+) -> None:
+    sizes = (num_ranks, 2 * num_ranks, row_bytes, 0, 3, tokens, 3, as_of)
+    said = run(program, sizes)
+    assert said.startswith(AGREE)
+    packed, raw = map(int, said.removeprefix(AGREE).split())
+    assert packed > 0
+    assert raw > 0
+
+
+def run(program: Path, sizes: tuple[int, ...]) -> str:
     seed = random.randrange(1 << 31)
-    sizes = (num_ranks, num_experts, row_bytes, num_scales, topk, tokens, ctas, seed)
     done = subprocess.run(
-        [str(program), *map(str, sizes)], capture_output=True, text=True, timeout=110
+        [str(program), *map(str, (*sizes, seed))], capture_output=True, text=True, timeout=110
     )
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
-    assert done.stdout == "the kernels' steps and the host backend agree\n"
+    return done.stdout

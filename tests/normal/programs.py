@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from ep_runtime import _C
 from ep_runtime.normal import Layout, NormalBuffer, NormalHandle, NormalReceived
 from ep_runtime.normal.reference import RankTokens
 
+UNWRITTEN = -1  # int32, of POISON
 POISON = 0xFF  # NaN as fp8, bf16 and f32; -1 as an integer: what nobody sends
 _kept: dict[tuple[int, str], Any] = {}  # of this process's buffers, between programs
 
@@ -164,6 +166,7 @@ def combine(
     bias: list[torch.Tensor],
     name: str = "last",
     extra: int = 0,
+    num_sms: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """combine() along a kept handle, into a poisoned tensor."""
     handle: NormalHandle = kept(buffer, name).handle
@@ -178,10 +181,21 @@ def combine(
         topk_weights=None if weights is None else weights.to(device),
         bias=None if not biases else biases[0] if len(biases) == 1 else (biases[0], biases[1]),
         out=out,
+        num_sms=num_sms,
     )
     assert got is out
     finish(buffer)
     return got.cpu().clone(), to_cpu(got_weights)
+
+
+def packed_words(buffer: NormalBuffer, rows: int, hidden: int, topk: int) -> torch.Tensor:
+    """What the last combine left in the inbox about the pieces of each row, int32 [rows]."""
+    finish(buffer)
+    if rows == 0:
+        return torch.empty(0, dtype=torch.int32)
+    heap = buffer._heap
+    start = heap.sizes.inbox_offset + _C.normal_inbox(rows, hidden, topk)["packed"]
+    return heap.view(start, 4 * rows, None).view(torch.int32).cpu().clone()
 
 
 def query(buffer: NormalBuffer, name: str, *arguments: Any) -> Any:

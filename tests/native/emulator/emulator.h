@@ -324,6 +324,17 @@ inline uint32_t max(uint32_t a, uint32_t b) { return std::max(a, b); }
 inline uint32_t __vmaxu2(uint32_t a, uint32_t b) {
     return max(a >> 16, b >> 16) << 16 | max(a & 0xffffu, b & 0xffffu);
 }
+inline uint32_t __vminu2(uint32_t a, uint32_t b) {
+    return std::min(a >> 16, b >> 16) << 16 | std::min(a & 0xffffu, b & 0xffffu);
+}
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; ++i) {
+        out |= (bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+    }
+    return out;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -63,6 +63,7 @@ struct BulkStores {
 inline std::map<const emulator::Lane*, BulkStores> bulk_stores;
 
 inline void fence_async() {}
+inline void fence_async_shared() {}
 // A word that counts arrivals: phases | arrivals that are missing << 32 | those of a phase << 48.
 inline void init_arrivals(uint64_t* barrier, uint32_t expected) {
     *barrier = static_cast<uint64_t>(expected) << 48 | static_cast<uint64_t>(expected) << 32;
@@ -112,6 +113,10 @@ inline void start_copies(void* to, const void* from, int left) {
     }
 }
 inline void start_four_copies(void* to, const void* from) { start_copies(to, from, 128); }
+inline void start_packed_copies(void* to, const void* from, const void* last) {
+    start_copies(to, from, 96);
+    copies[emulator::current].open.push_back({static_cast<uint8_t*>(to) + 1536, last, 16});
+}
 inline void commit_copies() {
     BulkStores& mine = copies[emulator::current];
     mine.committed.push_back(std::move(mine.open));
