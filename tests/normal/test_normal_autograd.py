@@ -26,24 +26,26 @@ MOST = 24
 Gradients = dict[str, torch.Tensor]
 
 
-def layer(
+def bring(
     buffer: NormalBuffer,
     tokens: RankTokens,
     gains: torch.Tensor,
     bias: torch.Tensor,
-    weights_too: bool,
     seeds: tuple[torch.Tensor, torch.Tensor],
-    worst: int,
-) -> Gradients:
-    """Expert e multiplies a row by gains[e]; forward, then backward of <y, seed>."""
-    device = buffer.device
-    x = tokens.x.to(device, copy=True).requires_grad_()
-    weights = tokens.topk_weights.to(device, copy=True).requires_grad_()
-    added = bias.to(device, copy=True).requires_grad_()
-    idx, all_gains = tokens.topk_idx.to(device), gains.to(device)
-    seed, weights_seed = seeds[0].to(device), seeds[1].to(device)
-    # From here on nothing is copied to the device: such a copy waits in the driver, see finish().
+) -> None:
+    """What layer() works on, to the device: such a copy waits in the driver, see finish(), so no
+    rank launches anything that waits for others before all ranks have done it."""
+    given = (tokens.x, tokens.topk_weights, bias, tokens.topk_idx, gains, *seeds)
+    programs.keep(buffer, "inputs", [one.to(buffer.device, copy=True) for one in given])
     programs.poison_pool(buffer)
+    programs.finish(buffer)
+
+
+def layer(buffer: NormalBuffer, weights_too: bool, worst: int) -> Gradients:
+    """Expert e multiplies a row by gains[e]; forward, then backward of <y, seed>."""
+    x, weights, added, idx, gains, seed, weights_seed = programs.kept(buffer, "inputs")
+    for one in (x, weights, added):
+        one.requires_grad_()
     received = dispatch_autograd(
         buffer,
         x,
@@ -55,7 +57,7 @@ def layer(
     assert received.topk_idx is not None
     assert received.topk_weights is not None
     local = gains.shape[0] // buffer.num_ranks
-    mine = all_gains[buffer.rank * local : (buffer.rank + 1) * local]
+    mine = gains[buffer.rank * local : (buffer.rank + 1) * local]
     real = (received.topk_idx >= 0).any(1, keepdim=True)
     rows = torch.where(real, received.x, 0).float()
     factor = (received.topk_weights.unsqueeze(2) * mine[received.topk_idx.clamp(min=0)]).sum(1)
@@ -137,13 +139,14 @@ def test_gradients_are_those_of_a_dense_layer(
             )
             for one in inputs
         ]
-        got = group.run(
-            layer,
+        group.run(
+            bring,
             [
-                (one, gains, bias, weights_too, seed, worst)
+                (one, gains, bias, seed)
                 for one, bias, seed in zip(inputs, biases, seeds, strict=True)
             ],
         )
+        got = group.run(layer, [(weights_too, worst)] * ranks)
         for rank, mine in enumerate(got):
             right = dense(inputs[rank], gains, biases[rank], weights_too, seeds[rank])
             for name, value in right.items():
