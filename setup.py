@@ -4,6 +4,7 @@
 `ep_runtime._nvshmem` NVSHMEM's host API; only with nvcc and the wheel nvidia-nvshmem-cu13
 
 nvcc is looked for in EP_NVCC, CUDA_HOME, PATH and the pip CUDA toolkit, in this order.
+One that does not work ends the build if EP_NVCC or CUDA_HOME names it, else it is passed over.
 EP_NO_CUDA=1 leaves CUDA out. EP_CUDA_ARCHS="90;100" chooses the GPUs (default 90); PTX of the last
 one is added for newer GPUs. CXX, CXXFLAGS and MAX_JOBS are honoured. Needs no torch, no network.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -30,19 +32,44 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, LinkError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 OBJECTS = ROOT / "build" / "objects"
-CXX = shlex.split(os.environ.get("CXX") or "g++")
+CXX = shlex.split(os.environ.get("CXX", "").strip() or "g++")
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Werror=cross-execution-space-call"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+ARCHS_FORMAT = (
+    "give numbers of 90 or more, with a or f behind where wanted, as in EP_CUDA_ARCHS='90;100'"
+)
+NAMED = ("EP_NVCC", "CUDA_HOME")  # an nvcc that the user named must work
 
 
 def say(text: str) -> None:
     print(f"ep_runtime: {text}", file=sys.stderr, flush=True)
+
+
+def max_jobs() -> int:
+    text = os.environ.get("MAX_JOBS", "").strip()
+    if not text:
+        return os.cpu_count() or 1
+    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
+        raise SystemExit(f"ep_runtime: MAX_JOBS={text!r}: give a whole number of 1 or more")
+    return int(text)
+
+
+def cuda_archs() -> list[str]:
+    text = os.environ.get("EP_CUDA_ARCHS", "").strip() or "90"
+    archs = [a for a in re.split(r"[;, ]+", text) if a]
+    for arch in archs:
+        if not re.fullmatch("[0-9]{2,3}[af]?", arch) or int(arch.rstrip("af")) < 90:
+            raise SystemExit(f"ep_runtime: EP_CUDA_ARCHS={text!r} holds {arch!r}; {ARCHS_FORMAT}")
+    if not archs:
+        raise SystemExit(f"ep_runtime: EP_CUDA_ARCHS={text!r} is empty; {ARCHS_FORMAT}")
+    return archs
 
 
 def site_directories() -> list[Path]:
@@ -87,37 +114,59 @@ def find_cuda() -> tuple[Cuda | None, str]:
     """The compiler, or why there is none. A compiler that was asked for by name must work."""
     if os.environ.get("EP_NO_CUDA", "0") not in ("", "0"):
         return None, "EP_NO_CUDA is set"
+    archs = cuda_archs()
+    broken: list[str] = []
     for found_by, path in nvcc_candidates():
         if not path:
             continue
         if not shutil.which(path):
-            if found_by in ("EP_NVCC", "CUDA_HOME"):
+            if found_by in NAMED:
                 raise SystemExit(
                     f"ep_runtime: {found_by} says {path}, which is no program; unset it"
                 )
             continue
-        cuda = describe_cuda(path)
+        try:
+            cuda = describe_cuda(path, archs)
+        except BrokenNvcc as error:
+            if found_by in NAMED:
+                raise SystemExit(
+                    f"ep_runtime: {found_by} says {path}, which does not work: {error}\n"
+                    "ep_runtime: set EP_NVCC or EP_NO_CUDA=1"
+                ) from None
+            why = str(error).partition("\n")[0]
+            broken.append(f"nvcc from {found_by} ({path}) does not work: {why}")
+            say(broken[-1])
+            continue
         return cuda, f"nvcc {cuda.version} from {found_by} ({path})"
-    return None, "no nvcc in EP_NVCC, CUDA_HOME, PATH or the pip CUDA toolkit"
+    return None, "; ".join(broken) or "no nvcc in EP_NVCC, CUDA_HOME, PATH or the pip CUDA toolkit"
 
 
-def describe_cuda(nvcc: str) -> Cuda:
+class BrokenNvcc(Exception):
+    """An nvcc that does not run, or does not answer like one; says how."""
+
+
+def ask_nvcc(nvcc: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [nvcc, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BrokenNvcc(str(error)) from error
+    if done.returncode != 0:
+        told = done.stderr.strip() or done.stdout.strip() or "it says nothing"
+        raise BrokenNvcc(f"status {done.returncode} from {arguments[0]}: {told}")
+    return done
+
+
+def describe_cuda(nvcc: str, archs: list[str]) -> Cuda:
     """Ask nvcc itself where its headers and libraries are: `nvcc` may be a wrapper script."""
-    version_text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True)
-    version = re.search(r"release [\d.]+, V([\d.]+)", version_text.stdout)
-    dry = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    version = re.search(r"release [\d.]+, V([\d.]+)", ask_nvcc(nvcc, "--version").stdout)
+    dry = ask_nvcc(nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull)
     top = re.search(r"^#\$ TOP=(.*)$", dry.stderr, re.MULTILINE)
     if top is None or version is None:
-        raise SystemExit(f"ep_runtime: {nvcc} does not answer like nvcc; set EP_NVCC to another")
+        raise BrokenNvcc("it does not answer like nvcc")
     root = Path(top.group(1).strip()).resolve()
     include = [root / "include", *root.glob("targets/*/include")]
     libraries = [root / "lib64", root / "lib", *root.glob("targets/*/lib")]
-    archs = [a for a in re.split(r"[;, ]+", os.environ.get("EP_CUDA_ARCHS") or "90") if a]
     return Cuda(
         nvcc=nvcc,
         version=version.group(1),
@@ -192,7 +241,7 @@ def core_commands(cuda: Cuda | None, reason: str) -> dict[Path, list[str]]:
     bindings = [p for p in CSRC.glob("bindings*.cpp") if cuda or "_cuda" not in p.stem]
     host = [*bindings, *CSRC.glob("host/*.cpp")]
     commands = dict.fromkeys(sorted(host), host_command(cuda))
-    commands[CSRC / "bindings.cpp"] = host_command(cuda, f'-DEP_BUILD_INFO="{reason}"')
+    commands[CSRC / "bindings.cpp"] = host_command(cuda, f"-DEP_BUILD_INFO={json.dumps(reason)}")
     if cuda:
         device = [cuda.nvcc, *NVCC_FLAGS, *cuda.gencode, "-DEP_WITH_CUDA=1", f"-I{CSRC}"]
         commands |= dict.fromkeys(sorted(CSRC.glob("cuda/*.cu")), device)
@@ -215,8 +264,31 @@ def device_linked(source: Path, cuda: Cuda, wheel: Path) -> list[Path]:
     return [built, linked]
 
 
+class BuildPython(build_py):
+    """Starts from an empty folder: a wheel must not hold files that an earlier build left there."""
+
+    def run(self) -> None:
+        packed = Path(self.build_lib).resolve() / "ep_runtime"
+        if not self.editable_mode and packed != ROOT / "ep_runtime":
+            shutil.rmtree(packed, ignore_errors=True)
+        super().run()
+
+
 class BuildNative(build_ext):
     """Compiles with explicit commands: the interpreter's own build flags are not wanted here."""
+
+    def run(self) -> None:
+        if not (CSRC / "bindings.cpp").exists():
+            raise SystemExit(
+                f"ep_runtime: {CSRC / 'bindings.cpp'} is not there: these sources are not whole;"
+                " build from a checkout, or from a newer sdist"
+            )
+        if shutil.which(CXX[0]) is None:
+            raise SystemExit(
+                f"ep_runtime: no program {CXX[0]!r}; install a C++20 compiler or set CXX"
+            )
+        max_jobs()  # told before anything is compiled
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -227,8 +299,7 @@ class BuildNative(build_ext):
             self.build_nvshmem(target, cuda)
             return
         commands = core_commands(cuda, reason)
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(max_workers=jobs) as pool:
+        with ThreadPoolExecutor(max_workers=max_jobs()) as pool:
             objects = list(pool.map(compile_one, commands.keys(), commands.values()))
         link(target, objects, *(cudart_flags(cuda) if cuda else ["-lrt"]))
         what = f"host and CUDA backends (sm_{', sm_'.join(cuda.archs)})" if cuda else "host backend"
@@ -288,5 +359,5 @@ setup(
         "ep_runtime.lm": ["checkpoint.safetensors"],
     },
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
 )

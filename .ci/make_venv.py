@@ -22,12 +22,21 @@ import sys
 import venv
 from pathlib import Path
 
+OLDEST_PYTHON = (3, 10)
 BUILD_TOOLS = ("setuptools", "wheel", "pybind11")
 SEES_GPU = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
 
 
 def say(text: str) -> None:
     print(f"environment: {text}", flush=True)
+
+
+def require_python(version: tuple[int, ...]) -> None:
+    if version < OLDEST_PYTHON:
+        raise SystemExit(
+            f"environment: {sys.executable} is Python {'.'.join(map(str, version))}, and 3.10 or"
+            " newer is needed; name one, for example: make PYTHON=python3.12"
+        )
 
 
 def works(python: str, code: str) -> bool:
@@ -79,6 +88,7 @@ def pip_install(python: str, *arguments: str) -> None:
 
 
 def main() -> None:
+    require_python(tuple(sys.version_info[:2]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--torch", default="torch==2.13.0", help="what to install if there is none")

@@ -9,6 +9,7 @@ import torch
 from ep_runtime.call_order import CallOrder
 from ep_runtime.config import CombineFormat, EpConfig
 from ep_runtime.connect import Backend, choose_device, connect
+from ep_runtime.errors import ShapeError
 from ep_runtime.handles import Handle, Received
 from ep_runtime.layout import WIRE
 from ep_runtime.memory import RankMemory
@@ -16,6 +17,7 @@ from ep_runtime.native import _C
 from ep_runtime.order import SendOrder
 from ep_runtime.pending import Pending
 from ep_runtime.receive import ReceiveBuffer
+from ep_runtime.validate import apart
 from ep_runtime.world import World
 
 
@@ -28,6 +30,7 @@ class _Dispatch:
     target: _C.RecvTarget
     handle: Handle
     into: ReceiveBuffer
+    adds_to: tuple[torch.Tensor | None, ...]  # kept until the receive, which writes there
 
 
 @dataclass(slots=True)
@@ -38,6 +41,7 @@ class _Combine:
     inputs: _C.CombineInput
     output: _C.CombineOutput
     result: torch.Tensor
+    adds_to: torch.Tensor | None
 
 
 class Buffer(CallOrder):
@@ -124,9 +128,9 @@ class Buffer(CallOrder):
         wait_ns          int64 [R], contiguous: += nanoseconds that each source kept this rank
                          waiting
         Capturable. T may differ between ranks and be 0. Raises ShapeError or SequenceError before
-        anything is launched, and whatever check() raises.
+        anything is launched, and what check() raises; RoutingFault where nothing else is in flight.
         """
-        self.check()
+        self._check_before_dispatch()
         call = self._prepare_dispatch(
             "dispatch", x, topk_idx, topk_weights, scales, chain, num_tokens, expected_tokens, out,
             round_scale, cumulative_recv_count, wait_ns,
@@ -138,8 +142,7 @@ class Buffer(CallOrder):
             self._order.sent(self.rank, "dispatch", chain)
 
         def finish(pending: Pending[Received]) -> Received:
-            self._tell("dispatch_recv", chain)
-            self._before_wait(pending)
+            self._before_wait("dispatch_recv", pending)
             self._ops.dispatch_recv(chain, call.target, call.handle.expected_tokens)
             self._after_host_wait()
             return call.into.hand_out(call.handle)
@@ -172,9 +175,9 @@ class Buffer(CallOrder):
                       with "bf16" also takes "fp8"
         The order of additions is fixed: equal inputs give equal bits. FP32 inside, rounded to
         combine_format once per rank (this one included) and to BF16 at the end. Capturable. Raises
-        as dispatch() does.
+        as dispatch() does, but no RoutingFault, and ConfigError for a format that there is not.
         """
-        self.check()
+        self._check_fatal()
         call = self._prepare_combine(
             "combine", y, handle, topk_weights, out, wait_ns, combine_format
         )
@@ -185,8 +188,7 @@ class Buffer(CallOrder):
             self._order.sent(self.rank, "combine", chain)
 
         def finish(pending: Pending[torch.Tensor]) -> torch.Tensor:
-            self._tell("combine_recv", chain)
-            self._before_wait(pending)
+            self._before_wait("combine_recv", pending)
             self._ops.combine_recv(chain, call.output)
             self._after_host_wait()
             return call.result
@@ -210,17 +212,18 @@ class Buffer(CallOrder):
         cumulative_recv_count: torch.Tensor | None = None,
         wait_ns: torch.Tensor | None = None,
     ) -> Received:
-        """dispatch() and wait() in one kernel. Capturable.
+        """dispatch() and wait() in one kernel. Capturable. x is apart from what is received.
 
         Raises SequenceError on virtual ranks that share a device: one's receive would keep the
         other's send from starting.
         """
-        self.check()
+        self._check_before_dispatch()
         self._only_alone("dispatch_fused", "dispatch")
         call = self._prepare_dispatch(
             "dispatch_fused", x, topk_idx, topk_weights, scales, chain, num_tokens,
             expected_tokens, out, round_scale, cumulative_recv_count, wait_ns,
         )  # fmt: skip
+        apart("x", x, "what is received", call.into.received.x)
         self._tell("dispatch_fused", chain)
         call.into.take()
         self._ops.dispatch_fused(chain, call.inputs, call.target, call.handle.expected_tokens)
@@ -237,12 +240,16 @@ class Buffer(CallOrder):
         wait_ns: torch.Tensor | None = None,
         combine_format: CombineFormat | None = None,
     ) -> torch.Tensor:
-        """combine() and wait() in one kernel. Capturable. Raises as dispatch_fused() does."""
-        self.check()
+        """combine() and wait() in one kernel. Capturable. y is apart from out.
+
+        Raises as dispatch_fused() does.
+        """
+        self._check_fatal()
         self._only_alone("combine_fused", "combine")
         call = self._prepare_combine(
             "combine_fused", y, handle, topk_weights, out, wait_ns, combine_format
         )
+        apart("out", call.result, "y", y)
         self._tell("combine_fused", handle.chain)
         self._ops.combine_fused(handle.chain, call.inputs, call.output, handle.expected_tokens)
         self._after_host_wait()
@@ -276,6 +283,8 @@ class Buffer(CallOrder):
         self._require_free(op, chain, into)
         if round_scale is None:
             round_scale = self.config.round_scale
+        elif type(round_scale) is not bool:
+            raise ShapeError(f"round_scale={round_scale!r}: it must be True, False or None")
         handle = into.new_handle(
             chain, x.shape[0], num_tokens, expected_tokens or 0, topk_weights is None
         )
@@ -296,7 +305,8 @@ class Buffer(CallOrder):
             num_tokens_address=0 if num_tokens is None else num_tokens.data_ptr(),
         )
         target = into.target(cumulative_recv_count, wait_ns)
-        return _Dispatch(chain, inputs, target, handle, into)
+        adds_to = (cumulative_recv_count, wait_ns)
+        return _Dispatch(chain, inputs, target, handle, into, adds_to)
 
     def _prepare_combine(
         self,
@@ -334,7 +344,7 @@ class Buffer(CallOrder):
             num_tokens_address=0 if handle.num_tokens is None else handle.num_tokens.data_ptr(),
             wait_ns=0 if wait_ns is None else wait_ns.data_ptr(),
         )
-        return _Combine(handle, inputs, output, result)
+        return _Combine(handle, inputs, output, result, wait_ns)
 
     def _out(self, handle: Handle) -> torch.Tensor:
         return torch.empty(

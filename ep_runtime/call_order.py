@@ -17,6 +17,14 @@ from ep_runtime.receive import ReceiveBuffer
 class CallOrder(Rank):
     """A rank that knows what was sent and not received, and who shares its device."""
 
+    def _check_before_dispatch(self) -> None:
+        """What the device recorded; of bad routes only where that ends nothing: a rank that stops
+        between its operations keeps those waiting that have begun them too."""
+        if self._open:
+            self._check_fatal()
+        else:
+            self.check()
+
     def _claim(self, op: str, kind: OpName, chain: int) -> None:
         """Raise unless the chain's last receive of this kind was waited for."""
         if (kind, chain) in self._open:
@@ -28,7 +36,7 @@ class CallOrder(Rank):
     def _require_free(self, op: str, chain: int, into: ReceiveBuffer) -> None:
         """Raise if a receive that is still to come needs what `into` holds."""
         uses = into.received.handle.uses
-        for pending in self._open.values():
+        for pending in list(self._open.values()):  # other threads have chains of their own
             if pending.uses is uses:
                 raise SequenceError(
                     f"{op} on chain {chain}: a {pending.op} on chain {pending.chain} that was not"
@@ -41,9 +49,12 @@ class CallOrder(Rank):
         if self.recorder is not None:
             self.recorder(OpRecord(chain, kind))
 
-    def _before_wait(self, pending: Pending[Received] | Pending[torch.Tensor]) -> None:
+    def _before_wait(
+        self, kind: OpKind, pending: Pending[Received] | Pending[torch.Tensor]
+    ) -> None:
         if self._order is not None:
             self._order.before_wait(self.rank, pending.op, pending.chain)
+        self._tell(kind, pending.chain)
         pending.close()
         self._open.pop((pending.op, pending.chain), None)
 

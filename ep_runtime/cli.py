@@ -13,6 +13,7 @@ import typer
 
 from ep_runtime import __version__, cli_bench, env, logs
 from ep_runtime.bench.options import BACKEND, HELP
+from ep_runtime.bench.out import is_first
 from ep_runtime.errors import ConfigError, EpError
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def decode(
         check=check,
         stream=True,
     )
-    speaks = (env.read().rank or 0) == 0
+    speaks = is_first()
     if speaks:
         print(f"backend {plan.kind}, {plan.num_ranks} ranks: {plan.reason}\n", flush=True)
     result = decoding.decode(job, plan, repeat_eagerly=eager)
@@ -194,8 +195,6 @@ def doctor(
     """What this machine can run, and what to do about the rest."""
     from ep_runtime import doctor as examination
 
-    if (env.read().rank or 0) != 0:
-        return
     able, findings = examination.abilities(), examination.examine()
     if as_json:
         parts = {"abilities": able, "findings": findings}

@@ -89,6 +89,8 @@ class EpConfig:
         _check_choice("scale_format", self.scale_format, get_args(ScaleFormat))
         _check_choice("combine_format", self.combine_format, get_args(CombineFormat))
         _check_choice("recv_format", self.recv_format, get_args(RecvFormat))
+        if type(self.round_scale) is not bool:
+            raise ConfigError(f"round_scale={self.round_scale!r}: it must be True or False")
         self._check_opaque()
         if self.alignment != 1 and self.recv_format != "contiguous":
             raise ConfigError(

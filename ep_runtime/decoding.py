@@ -102,7 +102,8 @@ def decode(job: DecodeJob, plan: Plan, repeat_eagerly: bool = False) -> DecodeRe
     model = checkpoints.load(job.checkpoint).config
     check_lengths(job.prompts, job.num_tokens, model.max_context)
     _require_divisor(plan.num_ranks, model.num_experts)
-    if job.stream and (env.read().rank or 0) == 0:
+    settings = env.read()
+    if job.stream and not (settings.under_torchrun and settings.rank):
         sys.stdout.write(job.prompts[0].decode("utf-8", errors="replace"))
         sys.stdout.flush()
     if plan.kind == "virtual":

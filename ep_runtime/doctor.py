@@ -22,6 +22,7 @@ Status = Literal["ok", "note", "missing", "problem"]
 
 SMALL_SHM_BYTES = 256 << 20  # less than this is a container's default, too little for many ranks
 COMMAND_TIMEOUT_S = 20.0
+OLDEST_GPU = 9  # major number of the compute capability that the kernels are written for
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,13 @@ def _num_gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _num_supported_gpus() -> int:
+    import torch
+
+    each = map(torch.cuda.get_device_properties, range(_num_gpus()))
+    return sum(p.major >= OLDEST_GPU for p in each)
 
 
 def _has_cuda_build() -> bool:
@@ -135,7 +143,8 @@ def probe_GPUs() -> Iterator[Finding]:  # noqa: N802 - the name is shown
         value = "none that torch can use"
         if shown is not None:
             value += f" (CUDA_VISIBLE_DEVICES={shown!r})"
-        advice = "unset CUDA_VISIBLE_DEVICES" if shown is not None else ""
+        hidden = shown is not None and _has_gpu_device()
+        advice = "unset CUDA_VISIBLE_DEVICES" if hidden else ""
         yield Finding("GPUs", "missing", value, advice)
     archs = [a for a in importlib.import_module("ep_runtime._C").cuda_archs.split(",") if a]
     for index in range(count):
@@ -145,7 +154,10 @@ def probe_GPUs() -> Iterator[Finding]:  # noqa: N802 - the name is shown
             f"{p.total_memory / 2**30:.0f} GiB"
         )
         lowest = min((int("".join(filter(str.isdigit, a))) for a in archs), default=0)
-        if archs and p.major * 10 + p.minor < lowest:
+        if p.major < OLDEST_GPU:
+            value += f"; not supported, kernels need sm_{OLDEST_GPU}0 or newer"
+            yield Finding(f"GPU {index}", "problem", value, "use --backend host: CPU ranks work")
+        elif archs and p.major * 10 + p.minor < lowest:
             advice = f"this build is for sm_{lowest} and newer: EP_CUDA_ARCHS={p.major}{p.minor}"
             yield Finding(f"GPU {index}", "problem", value, f"{advice} make clean build")
         else:
@@ -197,8 +209,9 @@ def probe_NVSHMEM() -> Iterator[Finding]:  # noqa: N802 - the name is shown
         module = importlib.import_module("ep_runtime._nvshmem")
     except ImportError as error:
         value = f"extension not usable ({error}); wheel {wheel or 'not installed'}"
-        advice = "optional: pip install nvidia-nvshmem-cu13==3.4.5, then `make clean build`"
-        yield Finding("NVSHMEM", "missing", value, f"{advice}; CUDA IPC is used without it")
+        install = "pip install 'nvidia-nvshmem-cu13>=3.4.5,<4', then " if wheel is None else ""
+        advice = f"optional: {install}`make clean build`; CUDA IPC is used without it"
+        yield Finding("NVSHMEM", "missing", value, advice)
         return
     built, loaded = module.built_against, module.version()
     value = f"{_dotted(loaded)} loaded, built against {_dotted(built)}, wheel {wheel}"
@@ -308,7 +321,7 @@ def abilities() -> list[Finding]:
         why = "ep_runtime._C is not built, or does not load"
         names = ("CPU ranks", "virtual GPU ranks", "one process per GPU")
         return [Finding(name, "problem", why, "`make build`") for name in names]
-    gpus = _num_gpus() if cuda else 0
+    gpus = _num_supported_gpus() if cuda else 0
     why = "no usable GPU" if cuda else "this build holds no CUDA backend"
     virtual = Finding("virtual GPU ranks", "missing", why)
     processes = Finding("one process per GPU", "missing", why)

@@ -16,6 +16,7 @@ from ep_runtime.errors import ConfigError
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 MEMORY_KINDS = ("auto", "nvshmem", "ipc")
+LAUNCHER = ("rank", "world_size", "master_addr", "master_port")
 
 
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
@@ -146,8 +147,7 @@ class Env:
     @property
     def under_torchrun(self) -> bool:
         """A launcher has given this process its place: rank, world size, store host and port."""
-        place = (self.rank, self.world_size, self.master_addr, self.master_port)
-        return None not in place
+        return None not in (getattr(self, name) for name in LAUNCHER)
 
 
 def variable(field_name: str) -> str:
@@ -162,7 +162,19 @@ def read(environ: Mapping[str, str] | None = None) -> Env:
     Raises ConfigError with the variable, its value and what it takes.
     """
     source = os.environ if environ is None else environ
-    return Env(**{f.name: _parsed(f, source) for f in fields(Env)})
+    launched = all(source.get(variable(name), "").strip() for name in LAUNCHER)
+    return Env(**{f.name: _read_one(f, source, launched) for f in fields(Env)})
+
+
+def _read_one(f: Field[Any], source: Mapping[str, str], launched: bool) -> Any:
+    """Without a launcher its variables are others': Kubernetes sets MASTER_PORT to an address for
+    a service of that name."""
+    try:
+        return _parsed(f, source)
+    except ConfigError:
+        if launched or f.name not in (*LAUNCHER, "local_rank"):
+            raise
+        return None
 
 
 def as_deep_ep() -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Handle:
     """What combines need to know of their dispatch. Made by Buffer; usable any number of times.
 
@@ -48,7 +48,7 @@ class Uses:
     count: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Received:
     """Rows that this rank's experts got. The tensors last until they are used again (see Handle);
     where no row was received their content is undefined.

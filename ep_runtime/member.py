@@ -17,6 +17,7 @@ from ep_runtime.memory.base import log
 from ep_runtime.native import _C
 from ep_runtime.world import World
 
+LEAST_BUDGET_S = 1e-6
 MAX_BUDGET_S = 86400.0
 CLOSE_TIMEOUT_S = 10.0  # how long close() waits for peers before it keeps what they may write to
 
@@ -61,6 +62,7 @@ class Member(ABC):
         self._closed = False
         self._routing_told = 0
         self._warming_up = True  # until somebody sets a time budget
+        self._budgets_set = 0
 
     @abstractmethod
     def _close(self, with_peers: bool) -> None:
@@ -85,11 +87,14 @@ class Member(ABC):
             dropped, self._routing_told = routing.count - self._routing_told, routing.count
             raise routing_error(routing, dropped)
 
-    def _check_fatal(self) -> None:
+    def _require_open(self) -> None:
         if self._closed:
             raise SequenceError(
                 f"call on a closed {type(self).__name__}: its memory is gone; build a new one"
             )
+
+    def _check_fatal(self) -> None:
+        self._require_open()
         fault = _C.read_fault(self._fault)
         if fault is not None:
             raise fatal_error(fault, self._budget_s)
@@ -101,13 +106,15 @@ class Member(ABC):
 
     def set_time_budget(self, seconds: float) -> None:
         """Bound every wait from now on, replays included. Synchronises; not for captured code."""
-        if not 0 < seconds <= MAX_BUDGET_S:
+        known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        if not known or not LEAST_BUDGET_S <= seconds <= MAX_BUDGET_S:
             raise ShapeError(
-                f"time budget {seconds!r} s: it must be above 0 and at most {MAX_BUDGET_S:g}; 10 is"
-                " usual in steady state, 60 in warm-up"
+                f"time budget {seconds!r} s: it must be a number from {LEAST_BUDGET_S:g} to"
+                f" {MAX_BUDGET_S:g}; 10 is usual in steady state, 60 in warm-up"
             )
         self._apply_budget(seconds)
         self._warming_up = False
+        self._budgets_set += 1
 
     def _apply_budget(self, seconds: float) -> None:
         self._ops.native.set_time_budget(int(seconds * 1e9))
@@ -123,12 +130,14 @@ class Member(ABC):
 
         Afterwards as long as `set_time_budget` said, or steadily where nobody has called it.
         """
-        before, warming_up = self._budget_s, self._warming_up
+        before, warming_up, number = self._budget_s, self._warming_up, self._budgets_set
         self._apply_budget(max(before, env.read().warmup_timeout_s))
         try:
             yield
         finally:
-            if warming_up:
+            if self._budgets_set != number:
+                pass  # somebody has set one meanwhile: it stays
+            elif warming_up:
                 self.steady()
             else:
                 self._apply_budget(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -110,6 +111,11 @@ class Rank(Masks, Member):
     ) -> ReceiveBuffer:
         config = self.config
         wanted = config.dispatch_format if dispatch_format is None else dispatch_format
+        if wanted not in get_args(DispatchFormat):
+            raise ConfigError(
+                f"dispatch_format={wanted!r}: it must be one of"
+                f" {', '.join(get_args(DispatchFormat))}"
+            )
         if wanted != config.dispatch_format and (config.dispatch_format, wanted) != ("bf16", "fp8"):
             raise ConfigError(
                 f"dispatch_format={wanted!r} on a Buffer made for {config.dispatch_format!r}: only"
@@ -126,16 +132,18 @@ class Rank(Masks, Member):
                 f"scale_format={scaled!r} for opaque rows: it says how ep_runtime quantises, and"
                 " opaque scales arrive as the caller made them; leave it out"
             )
-        return allocate_receive(
-            config,
-            self.num_ranks,
-            self.device,
-            self._identity,
-            wanted,
-            scaled,
-            column_major_scales,
-            zeroed,
-        )
+        # They are used outside of inference mode too, where its tensors could not be.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            return allocate_receive(
+                config,
+                self.num_ranks,
+                self.device,
+                self._identity,
+                wanted,
+                scaled,
+                column_major_scales,
+                zeroed,
+            )
 
     # ---- statistics -----------------------------------------------------------------------------
 
@@ -155,6 +163,7 @@ class Rank(Masks, Member):
         Raises ConfigError if there is no such chain.
         """
         self._require_chain(chain)
+        self._require_open()
         layout = layout_of(self.config, self.num_ranks)
         offset = layout.stats_offset + chain * layout.stats_stride
         return self._memory.local + offset, layout.stats_bytes

@@ -5,7 +5,7 @@ On the decode path: comparisons of attributes only. No value of a device tensor 
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import torch
 
@@ -79,6 +79,7 @@ class Checker:
     ) -> int:
         """Returns the row stride of y in elements."""
         self._handle(handle, topk_weights)
+        _tensor("y", y)
         if y.dtype is not torch.bfloat16:
             _wrong("y.dtype", y.dtype, torch.bfloat16, "convert with y.bfloat16()")
         if y.shape != self._rows_shape:
@@ -139,6 +140,10 @@ class Checker:
         configured = self._config.combine_format
         if wanted is None or wanted == configured:
             return configured
+        if wanted not in get_args(CombineFormat):
+            raise ConfigError(
+                f"combine_format={wanted!r}: it must be one of {', '.join(get_args(CombineFormat))}"
+            )
         if (configured, wanted) != ("bf16", "fp8"):
             raise ConfigError(
                 f"combine_format={wanted!r} on a Buffer made for {configured!r}: only one made for"
@@ -154,6 +159,7 @@ class Checker:
 
     def _rows(self, x: torch.Tensor) -> int:
         """Rows to dispatch: returns their stride in bytes."""
+        _tensor("x", x)
         config = self._config
         opaque = config.dispatch_format == "opaque"
         if not opaque and x.dtype is not torch.bfloat16:
@@ -175,6 +181,7 @@ class Checker:
         words = self._config.opaque_scale_words
         if scales is None:
             _wrong("scales", None, f"[T, {words}]", "give the scales of the opaque rows")
+        _tensor("scales", scales)
         if words == 0:
             _wrong("scales", list(scales.shape), "None", "this configuration has no scale words")
         if scales.element_size() != SCALE_BYTES:
@@ -190,6 +197,7 @@ class Checker:
             _wrong("topk_weights.dtype", topk_weights.dtype, torch.float32, "use .float()")
 
     def _vector(self, name: str, vector: torch.Tensor, dtype: torch.dtype, size: int) -> None:
+        _tensor(name, vector)
         if vector.dtype is not dtype:
             _wrong(f"{name}.dtype", vector.dtype, dtype, "allocate it so")
         if vector.shape != (size,):
@@ -223,6 +231,7 @@ class Checker:
 
     def _table(self, name: str, table: torch.Tensor, rows: int) -> None:
         """topk_idx or topk_weights: [T, K], contiguous, on the device."""
+        _tensor(name, table)
         if table.shape != (rows, self._config.topk):
             _wrong(
                 f"{name}.shape",
@@ -251,6 +260,7 @@ class Checker:
             _wrong("num_tokens.device", num_tokens.device, self._device, "move it: .to(...)")
 
     def _out(self, out: torch.Tensor, rows: int) -> None:
+        _tensor("out", out)
         if out.dtype is not torch.bfloat16:
             _wrong("out.dtype", out.dtype, torch.bfloat16, "allocate it as bfloat16")
         if out.shape != (rows, self._config.hidden):
@@ -264,6 +274,35 @@ class Checker:
         raise ShapeError(
             f"chain={chain!r}: the chains are 0 .. {self._config.num_chains - 1}; build the"
             " EpConfig with a larger num_chains for more"
+        )
+
+
+def apart(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Raise ShapeError where two tensors share memory: one kernel reads the one and writes the
+    other. Strides between two rows count as theirs."""
+    first, second = _range(tensor), _range(other)
+    if first[0] < second[1] and second[0] < first[1]:
+        _wrong(f"the memory of {name}", f"in that of {other_name}", "apart from it", "give another")
+
+
+def _range(tensor: torch.Tensor) -> tuple[int, int]:
+    if tensor.numel() == 0:
+        return 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        _wrong(name, f"of type {type(value).__name__}", "a torch.Tensor", "pass one")
+    if value.requires_grad and torch.is_grad_enabled():
+        _wrong(
+            f"{name}.requires_grad",
+            True,
+            "False: no gradient goes through low-latency operations",
+            f"call under torch.no_grad(), pass {name}.detach(), or use ep_runtime.normal's"
+            " dispatch_autograd() and combine_autograd()",
         )
 
 

@@ -114,6 +114,9 @@ class World:
         on without other ranks. After that the whole may be called again: it goes on where it was,
         so who waited, gave up and comes again meets who came late. A rank that counts itself absent
         meets nobody.
+
+        Whoever gave up in a collective before has counted more or fewer of them than others: from
+        here on all count from the same one.
         """
         without = tuple(sorted(set(absent)))
         store = self._store
@@ -130,7 +133,8 @@ class World:
             self._meet_at(store, f"{place}/before", without)
             step()
             self._stepped = place
-        self._meet_at(store, f"{place}/after", without)
+        counts = self._meet_at(store, f"{place}/after", without, str(self._calls).encode())
+        self._calls = max(int(count) for count in counts if count is not None)
         self._stepped = ""
         self._rounds[without] = number + 1
         store.delete_key(said)
@@ -140,13 +144,15 @@ class World:
                 store.delete_key(f"{self._prefix}/{left}/{when}/{self.rank}")
         self._given_up.clear()
 
-    def _meet_at(self, store: Store, place: str, without: tuple[int, ...]) -> None:
+    def _meet_at(
+        self, store: Store, place: str, without: tuple[int, ...], data: bytes = b""
+    ) -> list[bytes | None]:
         keys = [
             "" if rank in without else f"{self._prefix}/{place}/{rank}"
             for rank in range(self.num_ranks)
         ]
         try:
-            self._gather(store, keys, b"", self.timeout_s, f"meeting {place}")
+            return self._gather(store, keys, data, self.timeout_s, f"meeting {place}")
         except PeerTimeout as error:
             said = f"{self._prefix}/without/{self.members.index(error.peer)}"
             if store.check([said]) and (theirs := json.loads(store.get(said)[1:])) != list(without):
@@ -229,7 +235,7 @@ class World:
             failure = error
         told = {} if failure is None else {"kind": type(failure).__name__, "text": _told(failure)}
         try:
-            answers = [json.loads(text) for text in self.all_gather(json.dumps(told).encode())]
+            answers = self._answers(what, json.dumps(told).encode())
         except EpError:
             if failure is not None:
                 raise failure  # noqa: B904 - what went wrong here counts; that nobody heard is context
@@ -242,6 +248,19 @@ class World:
         if failure is not None:
             raise failure
         return result
+
+    def _answers(self, what: str, mine: bytes) -> list[dict[str, str]]:
+        answers = []
+        for rank, text in enumerate(self.all_gather(mine)):
+            try:
+                answers.append(json.loads(text))
+            except ValueError:
+                raise GroupFault(
+                    f"rank {self.members[rank]} is at something else while this rank is at {what}:"
+                    " one of them has given up in a collective before; reset() on every rank, then"
+                    " call it again on every rank"
+                ) from None
+        return answers
 
 
 def _collect(store: Store, keys: list[str]) -> list[bytes | None]:

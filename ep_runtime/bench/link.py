@@ -14,6 +14,7 @@ from rich.table import Table
 from ep_runtime.bench.clock import timing_event
 from ep_runtime.bench.machine import git_commit, slug
 from ep_runtime.bench.options import HELP
+from ep_runtime.bench.out import make_folder
 from ep_runtime.errors import BuildError, ConfigError
 
 COPY_BYTES = 256 << 20
@@ -116,6 +117,7 @@ def run(options: LinkOptions) -> list[LinkRecord]:
 def main(options: LinkOptions, console: Console | None = None) -> int:
     """Run, print a table, write the JSON. Returns the exit status."""
     console = console or Console()
+    make_folder(options.out)
     records = run(options)
     table = Table("from", "to", "GB/s median", "min", "max", title="Copies between GPUs")
     for record in records:
@@ -123,7 +125,6 @@ def main(options: LinkOptions, console: Console | None = None) -> int:
         table.add_row(str(record.source), str(record.target), *(f"{rate:.1f}" for rate in rates))
     console.print(table)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"link-{slug(records[0].device)}.json"
         path.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
         console.print(f"wrote {path}")

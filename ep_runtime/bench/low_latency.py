@@ -20,6 +20,7 @@ from ep_runtime.bench.implementation import Problem
 from ep_runtime.bench.measure import absence, measure_case
 from ep_runtime.bench.options import LowLatencyOptions
 from ep_runtime.bench.ours import Buffers
+from ep_runtime.bench.out import is_first, make_folder
 from ep_runtime.bench.peers.find import find_peers
 from ep_runtime.bench.records import Record, write_records
 from ep_runtime.bench.routing import Sizes
@@ -38,7 +39,7 @@ def main(options: LowLatencyOptions, console: Console | None = None) -> int:
     1 if anything was wrong or failed; a peer that is absent is no failure.
     """
     records = run(options)
-    if not env.read().rank:  # rank 0, or the process that started all ranks
+    if is_first():
         report.publish(records, options, console or report.wide_console())
     return int(any(record.status in ("wrong", "failed") for record in records))
 
@@ -46,7 +47,8 @@ def main(options: LowLatencyOptions, console: Console | None = None) -> int:
 def run(options: LowLatencyOptions) -> list[Record]:
     """Measure on every rank (started here, or this process's under torchrun); the same records
     everywhere. Raises BuildError for a backend, or for a way to share GPUs, that this machine
-    lacks, and ConfigError for ranks that it cannot place."""
+    lacks, and ConfigError for ranks that it cannot place or results that it cannot write."""
+    make_folder(options.out)
     cuda = choose_device(options.backend, None).type == "cuda"
     plan = plan_ranks(options, env.read(), cuda=cuda, num_gpus=torch.cuda.device_count())
     options = replace(options, backend="cuda" if cuda else "host", ranks=plan.num_ranks)

@@ -22,6 +22,7 @@ from ep_runtime.bench.normal_ours import OPS, OurNormal, repeated
 from ep_runtime.bench.normal_peers import Peer, deep_ep_peer, nccl_peer
 from ep_runtime.bench.normal_problem import NormalProblem
 from ep_runtime.bench.normal_records import NormalRecord, write_normal_records
+from ep_runtime.bench.out import is_first, make_folder
 from ep_runtime.bench.records import Status
 from ep_runtime.bench.report import wide_console
 from ep_runtime.bench.routing import Sizes
@@ -45,7 +46,7 @@ def main(options: NormalOptions, console: Console | None = None) -> int:
     1 if anything was wrong or failed; a peer that is absent is no failure.
     """
     records = run(options)
-    if not env.read().rank:  # rank 0, or the process that started all ranks
+    if is_first():
         normal_report.publish(records, options, console or wide_console())
     return int(any(record.status in ("wrong", "failed") for record in records))
 
@@ -53,6 +54,7 @@ def main(options: NormalOptions, console: Console | None = None) -> int:
 def run(options: NormalOptions) -> list[NormalRecord]:
     """Measure on every rank (started here, or this process's under torchrun); the same records
     everywhere. Raises BuildError or ConfigError for what this machine cannot run."""
+    make_folder(options.out)
     cuda = choose_device(options.backend, None).type == "cuda"
     gpus = torch.cuda.device_count()
     plan = plan_ranks(options.session(), env.read(), cuda=cuda, num_gpus=gpus)

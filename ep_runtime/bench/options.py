@@ -136,6 +136,8 @@ class LowLatencyOptions:
     def _check_numbers(self) -> None:
         for name in ("pairs", "replays", "input_sets", "hidden", "topk"):
             _at_least(name, getattr(self, name), 1)
+        if self.hidden % 128:
+            raise ConfigError(f"hidden={self.hidden}: rows need a multiple of 128 channels")
         for name in ("ranks", "num_sms"):
             _at_least(name, getattr(self, name), 0)
         for value in self.tokens:

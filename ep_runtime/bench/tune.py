@@ -16,6 +16,7 @@ from ep_runtime import env
 from ep_runtime.bench import normal
 from ep_runtime.bench.normal_options import NormalOptions
 from ep_runtime.bench.normal_records import NormalRecord
+from ep_runtime.bench.out import is_first
 from ep_runtime.bench.sharing import Plan, plan_ranks
 from ep_runtime.errors import BuildError
 from ep_runtime.normal.tuned import TunedSms, tuned_path, write_tuned
@@ -34,7 +35,7 @@ def main(options: NormalOptions, path: Path | None, console: Console) -> int:
     _refuse_sharing(plan_ranks(options.session(), env.read(), cuda=True, num_gpus=gpus))
     records = normal.run(options)
     chosen, first = choose(records), records[0]
-    if env.read().rank:
+    if not is_first():
         return 0
     target = tuned_path() if path is None else path
     write_tuned(target, first.machine.device, first.num_ranks, chosen)

@@ -42,7 +42,7 @@ def load_nvshmem() -> NvshmemModule:
         return cast(NvshmemModule, importlib.import_module(EXTENSION))
     except ImportError as error:
         raise BuildError(
-            f"{EXTENSION} cannot be imported ({error}); install nvidia-nvshmem-cu13==3.4.5 and"
+            f"{EXTENSION} cannot be imported ({error}); install 'nvidia-nvshmem-cu13>=3.4.5,<4' and"
             " build again, or set EP_MEMORY=ipc"
         ) from error
 

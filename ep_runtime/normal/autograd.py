@@ -2,7 +2,8 @@
 
 Backward passes communicate. Every rank has to run its own, in the same order, also where it sent
 or received nothing: let the loss of every rank depend on what came out of the last combine.
-Gradients travel as BF16 rows and are summed in FP32, like the rows of the forward pass.
+Gradients travel as BF16 rows and are summed in FP32, like the rows of the forward pass. They have
+no gradients themselves: a double backward pass raises.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ep_runtime.errors import ShapeError
 from ep_runtime.normal.buffer import NormalBuffer
 from ep_runtime.normal.handles import NormalHandle, NormalReceived
+from ep_runtime.normal.validate import ROW_MULTIPLE, wrong
 
 
 def dispatch_autograd(
@@ -40,6 +43,11 @@ def dispatch_autograd(
             f"x of dispatch_autograd is {kind}, it must be a bfloat16 tensor: gradients are rows"
             " of the same kind; quantise behind the dispatch"
         )
+    # What has no top-k has nothing to bring weights home by, and would be found out too late.
+    for name, given in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+        if not isinstance(given, torch.Tensor):
+            remedy = "pass it, or send rows alone with NormalBuffer.dispatch()"
+            wrong(f"{name} of dispatch_autograd", type(given).__name__, "a tensor", remedy)
     kept: list[NormalReceived] = []
     rows, weights = _Dispatch.apply(  # type: ignore[no-untyped-call]
         x, topk_weights, buffer, topk_idx, options, kept
@@ -58,10 +66,11 @@ def combine_autograd(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """buffer.combine(), with gradients of x, topk_weights and the biases.
 
-    Arguments and results as of combine(). The backward pass is a cached dispatch. Raises as
-    combine() does, in the backward pass as dispatch_cached() does.
+    Arguments and results as of combine(), but it takes no out: the result is a new tensor. The
+    backward pass is a cached dispatch. Raises as combine() does, in the backward pass as
+    dispatch_cached() does.
     """
-    biases = [] if bias is None else [bias] if isinstance(bias, torch.Tensor) else list(bias)
+    biases = [] if bias is None else list(bias) if isinstance(bias, Sequence) else [bias]
     y, weights = _Combine.apply(  # type: ignore[no-untyped-call]
         x, topk_weights, buffer, handle, num_sms, *biases
     )
@@ -90,14 +99,15 @@ class _Dispatch(torch.autograd.Function):
         return received.x, received.topk_weights
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad_x: torch.Tensor, grad_weights: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         (real,) = ctx.saved_tensors
         # Where topk_idx is -1 the received weight was the constant 0, whatever was sent.
-        masked = torch.where(real, grad_weights.float(), 0.0)
+        masked = torch.where(real, grad_weights.float(), 0.0).contiguous()
         x, weights = ctx.buffer.combine(
-            grad_x.bfloat16().contiguous(), ctx.handle, topk_weights=masked, num_sms=ctx.num_sms
+            _gradient_rows(grad_x), ctx.handle, topk_weights=masked, num_sms=ctx.num_sms
         )
         return x, weights, None, None, None, None
 
@@ -120,6 +130,7 @@ class _Combine(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad_y: torch.Tensor, grad_weights: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
@@ -128,7 +139,7 @@ class _Combine(torch.autograd.Function):
         if ctx.weighted and grad_weights is not None:
             weights = grad_weights.float().contiguous()
         received = ctx.buffer.dispatch_cached(
-            grad_y.bfloat16().contiguous(), handle, topk_weights=weights, num_sms=ctx.num_sms
+            _gradient_rows(grad_y), handle, topk_weights=weights, num_sms=ctx.num_sms
         )
         x, back = received.x, received.topk_weights
         if not handle.exact:
@@ -137,6 +148,13 @@ class _Combine(torch.autograd.Function):
             x = torch.where(real, x, 0)
             back = None if back is None else torch.where(real, back, 0)
         return (x, back, None, None, None, *[grad_y] * ctx.num_biases)
+
+
+def _gradient_rows(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient as rows that can be sent. A view that begins anywhere is copied: refused on this
+    rank, it would leave the others waiting."""
+    rows = grad.bfloat16().contiguous()
+    return rows.clone() if rows.data_ptr() % ROW_MULTIPLE else rows
 
 
 def _real_rows(buffer: NormalBuffer, handle: NormalHandle) -> torch.Tensor:

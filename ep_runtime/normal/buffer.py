@@ -156,13 +156,14 @@ class NormalBuffer(NormalSteps):
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Layout:
         """Count where this rank's tokens go. Does not communicate; capturable.
 
-        topk_idx  [T, K] int64 or int32, contiguous; -1 is no expert
+        topk_idx  [T, K] int64 or int32, contiguous; -1 is no expert; T up to 2^20
         An expert number out of range counts as -1 and makes the next call raise RoutingFault.
         Raises ShapeError.
         """
         self.check()
         self._check.experts(num_experts)
         self._check.routes(topk_idx)
+        self._streams.enter()  # it counts in the device memory that dispatches count in
         return self._layout(topk_idx, num_experts)
 
     def dispatch(
@@ -186,7 +187,7 @@ class NormalBuffer(NormalSteps):
                           where rows go, and no top-k is sent
         topk_weights      [T, K] float32, or None
         num_experts       E, a multiple of R; by default the layout's
-        layout            what layout() gave for these tokens, where it was called before
+        layout            what layout() gave for this topk_idx, where it was called before
         expert_alignment  recv_per_expert and recv_counts are rounded up to multiples of it
         num_worst_tokens  0: exactly as many rows as arrive, and one wait of the host for that
                           number. Else that many rows, no wait, capturable: rows after the last
@@ -195,7 +196,8 @@ class NormalBuffer(NormalSteps):
                           ranks get DesyncError (once the device has recorded it) and the result
                           is undefined
         num_sms           most SMs to use; None: the buffer's
-        T may differ between ranks and be 0; in worst-case mode it is at most max_tokens.
+        T may differ between ranks and be 0; in worst-case mode it is at most max_tokens. Gradients
+        end here: dispatch_autograd() is the version with gradients.
         Raises ShapeError or CaptureError before anything is launched, RoutingFault for an earlier
         call's experts, PeerTimeout or DesyncError as recorded by the device.
         """
@@ -238,7 +240,8 @@ class NormalBuffer(NormalSteps):
         x             [T, H] as dispatch() takes it, T of the handle
         handle        of a dispatch of this buffer; the same on every rank
         topk_weights  [T, K] float32: arrive whole at every rank that a token goes to; or None
-        Rows arrive where they did in the first dispatch. Raises as dispatch() does.
+        Rows arrive where they did in the first dispatch. Gradients end here: dispatch_autograd()
+        and combine_autograd() are the versions with gradients. Raises as dispatch() does.
         """
         self.check()
         rows = self._check.rows(x)
@@ -271,10 +274,12 @@ class NormalBuffer(NormalSteps):
         handle        of the dispatch; the same on every rank, any number of times
         topk_weights  [N, K] float32, summed over ranks like the rows; or None
         bias          one or two bf16 [T, H], contiguous
-        out           [T, H] bf16, contiguous; allocated if None
+        out           [T, H] bf16, contiguous, apart from the memory of x and topk_weights, without
+                      requires_grad where gradients are recorded; allocated if None
         Returns (out, weights [T, K] float32 or None). Unweighted; FP32 sum of the biases, then the
         ranks in order, rounded once: equal inputs give equal bits. A token that went nowhere gets
-        the bias or zeros. Capturable. Raises as dispatch() does.
+        the bias or zeros. Gradients end here: combine_autograd() is the version with gradients.
+        Capturable. Raises as dispatch() does.
         """
         self.check()
         self._check.handle(handle)
@@ -283,10 +288,13 @@ class NormalBuffer(NormalSteps):
         biases = self._check.bias(bias, shape)
         topk = 0
         if topk_weights is not None:
-            self._check.weights(topk_weights, handle.num_rows)
+            remedy = "pass one row per received row, as received.topk_weights has them"
+            self._check.weights(topk_weights, handle.num_rows, None, remedy)
             topk = topk_weights.shape[1]
+        overwritten = None
         if out is not None:
-            self._check.out(out, shape)
+            self._check.out(out, shape, x, stride, topk_weights)
+            overwritten = out if torch.is_grad_enabled() else None
         sms = self._sms(num_sms, self.num_sms.combine)
         self.stats.combines += 1
         if out is None:
@@ -298,6 +306,7 @@ class NormalBuffer(NormalSteps):
             )
         if self._nodes is not None:
             self._nodes.combine(x, stride, handle, topk_weights, topk, biases, out, weights, sms)
+            _tell_autograd(overwritten)
             return out, weights
         self._make_room(0, inbox_bytes(handle.inbox_rows, hidden, topk))
         tables = Tables(handle.rank_prefix, handle.send_position)
@@ -335,4 +344,11 @@ class NormalBuffer(NormalSteps):
                 out,
                 weights,
             )
+        _tell_autograd(overwritten)
         return out, weights
+
+
+def _tell_autograd(overwritten: torch.Tensor | None) -> None:
+    """A backward pass that saved what was in this tensor has to find out; torch did not see it."""
+    if overwritten is not None and not overwritten.is_inference():  # those have no version
+        torch.autograd.graph.increment_version(overwritten)

@@ -53,6 +53,8 @@ class _Owner:
     Holds the heap as well: tensors outlive a heap that was replaced, and the Buffer.
     """
 
+    _block: Block | None = None  # until it is made: __del__ comes also where that fails
+
     def __init__(
         self, heap: DataHeap, address: int, num_bytes: int, on_host: bool, block: Block | None
     ) -> None:

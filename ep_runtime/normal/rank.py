@@ -168,6 +168,7 @@ class NormalRank(Member):
         self._closed = True
         for heap in (*self._retired, self._heap):
             heap.abandon()
+        self._control.owned.append(self._host_counts)  # a notify in flight writes there as well
         self._control.abandon()
         self._ops = cast(NormalOps, Closed(type(self).__name__))
 

@@ -17,6 +17,8 @@ from ep_runtime.normal.ops import Routes, Tables, block_size
 from ep_runtime.normal.receive import Target
 from ep_runtime.normal.validate import Outgoing
 
+MOST_UNROUTED = 32  # ranks of a group that can dispatch without topk_idx: kMostTerms in csrc/cuda
+
 
 class NormalSteps(GrowingRank):
     """What dispatches have in common."""
@@ -64,18 +66,22 @@ class NormalSteps(GrowingRank):
         layout: Layout | None,
     ) -> tuple[int, Routes]:
         """(number of experts, what is sent beside the rows), all of it checked."""
-        if num_experts is None:
-            if layout is None:
-                raise ShapeError("num_experts is not given; pass it, or the layout")
-            num_experts = layout.tokens_per_expert.shape[0]
-        self._check.experts(num_experts)
         if layout is not None:
-            self._check.layout(layout, rows.num_tokens, num_experts)
+            num_experts = self._check.layout(layout, rows.num_tokens, num_experts)
+        elif num_experts is None:
+            raise ShapeError("num_experts is not given; pass it, or the layout")
+        else:
+            self._check.experts(num_experts)
         if topk_idx is None:
             if layout is None or topk_weights is not None:
                 raise ShapeError(
                     "topk_idx is not given; pass it, or a layout (and no topk_weights) to send"
                     " rows alone"
+                )
+            if self.num_ranks > MOST_UNROUTED:  # a token may go to all ranks, not to K at most
+                raise ShapeError(
+                    f"topk_idx is not given on {self.num_ranks} ranks: that takes at most"
+                    f" {MOST_UNROUTED} ranks; pass topk_idx"
                 )
             return num_experts, Routes(None, None, 0)
         topk = self._check.routes(topk_idx, rows.num_tokens)

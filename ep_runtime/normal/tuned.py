@@ -3,7 +3,7 @@
 `ep-runtime tune` measures and writes; buffers read when they are built. The file is JSON:
 {"<GPU name>": {"<ranks>": {"dispatch": SMs, "combine": SMs}}}, in EP_TUNED or else under
 ~/.cache/ep_runtime. Without a file, or an entry for this GPU and number of ranks, the default is
-used.
+used; also where EP_TUNED is not set and there is no way to the cache.
 """
 
 from __future__ import annotations
@@ -47,13 +47,21 @@ def tuned_num_sms(
     default = TunedSms() if default is None else default
     if not torch.cuda.is_available() or (device is not None and device.type == "cpu"):
         return default
-    entry = _read(tuned_path()).get(torch.cuda.get_device_name(device), {}).get(str(num_ranks))
+    try:
+        path = tuned_path()
+    except RuntimeError:  # this user has no home directory, and named no file
+        return default
+    entries = _read(path, named=bool(env.read().tuned))
+    entry = entries.get(torch.cuda.get_device_name(device), {}).get(str(num_ranks))
     if entry is None:
         return default
     try:
-        return TunedSms(int(entry["dispatch"]), int(entry["combine"]))
+        sms = TunedSms(int(entry["dispatch"]), int(entry["combine"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(tuned_path(), error) from error
+        raise _damaged(path, error) from error
+    if min(sms.dispatch, sms.combine) < 1:
+        raise _damaged(path, f"{entry}: it takes at least 1 SM")
+    return sms
 
 
 def write_tuned(path: Path, device_name: str, num_ranks: int, sms: TunedSms) -> None:
@@ -78,12 +86,15 @@ def _replace(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
+def _read(path: Path, *, named: bool = True) -> dict[str, dict[str, Any]]:
+    """named: somebody asked for this file, so it is an error if there is no way to it."""
     try:
         entries = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and not named:
+            return {}
         raise _damaged(path, error) from error
     if not isinstance(entries, dict) or not all(isinstance(v, dict) for v in entries.values()):
         raise _damaged(path, "not an object of objects")

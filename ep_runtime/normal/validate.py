@@ -44,6 +44,17 @@ def wrong(what: str, value: object, wanted: object, remedy: str) -> NoReturn:
     raise ShapeError(f"{what} is {value}, it must be {wanted}; {remedy}")
 
 
+def _tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        wrong(name, type(value).__name__, "a tensor", "convert it, or leave out what may be None")
+
+
+def _int(name: str, value: object) -> None:
+    """The type alone is told: to print the value of a tensor waits for the device."""
+    if type(value) is not int:
+        wrong(name, type(value).__name__, "an int", "convert it with int()")
+
+
 @dataclass(frozen=True, slots=True)
 class Checker:
     """What the operations of one NormalBuffer take. Raises ShapeError."""
@@ -56,7 +67,10 @@ class Checker:
 
     def rows(self, x: Rows) -> Outgoing:
         """x of a dispatch: BF16, or one byte per channel with scales or without."""
+        if isinstance(x, tuple) and len(x) != 2:
+            wrong("x", f"a tuple of {len(x)}", "a tensor or (x, scales)", "pass both, or x alone")
         rows, scales = x if isinstance(x, tuple) else (x, None)
+        _tensor("x", rows)
         size = rows.element_size()
         if rows.dtype is not torch.bfloat16 and size != 1:
             wrong("x.dtype", rows.dtype, "bfloat16 or one byte wide", "convert or quantise x")
@@ -65,6 +79,7 @@ class Checker:
             wrong("x.shape[0]", rows.shape[0], f"at most {MAX_TOKENS}", "dispatch fewer tokens")
         if scales is None:
             return Outgoing(rows, stride, row_bytes, None, 0, 0, 0)
+        _tensor("scales", scales)
         self._on_device("scales", scales)
         if scales.dtype not in SCALE_DTYPES:
             wrong("scales.dtype", scales.dtype, "float32 or int32", "convert or pack them")
@@ -82,6 +97,7 @@ class Checker:
 
     def combined_rows(self, x: torch.Tensor, handle: NormalHandle) -> tuple[int, int]:
         """x of a combine; returns (stride in bytes, channels)."""
+        _tensor("x", x)
         if x.dtype is not torch.bfloat16:
             wrong("x.dtype", x.dtype, torch.bfloat16, "convert with x.bfloat16()")
         _, stride = self._row_bytes("x", x)
@@ -91,46 +107,68 @@ class Checker:
 
     def experts(self, num_experts: int) -> int:
         """Local experts, if the group can have that many experts."""
-        if type(num_experts) is not int or not self.num_ranks <= num_experts <= self.max_experts:
-            wrong(
-                "num_experts",
-                num_experts,
-                f"from {self.num_ranks} (one per rank) to max_experts={self.max_experts}",
-                "build the NormalBuffer with a larger max_experts",
-            )
+        _int("num_experts", num_experts)
+        if num_experts < self.num_ranks:
+            wanted = f"at least {self.num_ranks}, one per rank"
+            wrong("num_experts", num_experts, wanted, "pad it with experts that nobody chooses")
+        if num_experts > self.max_experts:
+            wanted = f"at most max_experts={self.max_experts}"
+            remedy = "build the NormalBuffer with a larger max_experts"
+            wrong("num_experts", num_experts, wanted, remedy)
         if num_experts % self.num_ranks:
             wrong("num_experts", num_experts, f"a multiple of {self.num_ranks} ranks", "pad it")
         return num_experts // self.num_ranks
 
     def routes(self, topk_idx: torch.Tensor, rows: int | None = None) -> int:
         """topk_idx [T, K]; returns K."""
+        _tensor("topk_idx", topk_idx)
         if topk_idx.dtype not in IDX_DTYPES:
             wrong("topk_idx.dtype", topk_idx.dtype, "int64 or int32", "convert it")
-        self._table("topk_idx", topk_idx, rows)
+        self._table("topk_idx", topk_idx, rows, "one row per row of x")
+        if topk_idx.shape[0] > MAX_TOKENS:
+            wanted = f"at most {MAX_TOKENS}"
+            wrong("topk_idx.shape[0]", topk_idx.shape[0], wanted, "count fewer tokens at once")
         return topk_idx.shape[1]
 
-    def weights(self, topk_weights: torch.Tensor, rows: int, topk: int | None = None) -> None:
+    def weights(
+        self,
+        topk_weights: torch.Tensor,
+        rows: int,
+        topk: int | None = None,
+        remedy: str = "one row per row of x",
+    ) -> None:
+        """remedy: for another number of rows."""
+        _tensor("topk_weights", topk_weights)
         if topk_weights.dtype is not torch.float32:
             wrong("topk_weights.dtype", topk_weights.dtype, torch.float32, "convert with .float()")
-        self._table("topk_weights", topk_weights, rows)
+        self._table("topk_weights", topk_weights, rows, remedy)
         if topk is not None and topk_weights.shape[1] != topk:
             wrong("topk_weights.shape[1]", topk_weights.shape[1], topk, "one weight per entry")
 
-    def layout(self, layout: Layout, rows: int, num_experts: int) -> None:
-        """A caller's own layout: shapes and types that the native call relies on."""
+    def layout(self, layout: Layout, rows: int, num_experts: int | None) -> int:
+        """A caller's own layout: shapes and types that the native call relies on; returns the
+        number of experts, the layout's unless it is given."""
+        remedy = "pass what layout() returned for these tokens and experts"
+        if not isinstance(layout, Layout):
+            wrong("layout", type(layout).__name__, "a Layout", remedy)
+        if num_experts is None:
+            _tensor("layout.tokens_per_expert", layout.tokens_per_expert)
+            num_experts = layout.tokens_per_expert.numel()
+        self.experts(num_experts)
         for name, shape, dtype in (
             ("tokens_per_rank", (self.num_ranks,), torch.int32),
             ("tokens_per_expert", (num_experts,), torch.int32),
             ("is_token_in_rank", (rows, self.num_ranks), torch.bool),
         ):
             tensor: torch.Tensor = getattr(layout, name)
-            remedy = "pass what layout() returned for these tokens and experts"
+            _tensor(f"layout.{name}", tensor)
             if tensor.shape != shape or tensor.dtype is not dtype:
                 value = f"{list(tensor.shape)} {tensor.dtype}"
                 wrong(f"layout.{name}", value, f"{list(shape)} {dtype}", remedy)
             self._on_device(f"layout.{name}", tensor)
             if not tensor.is_contiguous():
                 wrong(f"layout.{name}.stride()", tensor.stride(), "contiguous", remedy)
+        return num_experts
 
     def handle(self, handle: NormalHandle, rows: int | None = None) -> None:
         if not isinstance(handle, NormalHandle):
@@ -149,18 +187,42 @@ class Checker:
         """No, one or two BF16 [T, H]."""
         if bias is None:
             return []
-        found = [bias] if isinstance(bias, torch.Tensor) else list(bias)
+        found = list(bias) if isinstance(bias, Sequence) else [bias]
         if len(found) > 2:
             wrong("bias", f"{len(found)} tensors", "at most 2", "add them up first")
         for index, one in enumerate(found):
             self._result(f"bias[{index}]", one, shape)
         return found
 
-    def out(self, out: torch.Tensor, shape: tuple[int, int]) -> None:
+    def out(
+        self,
+        out: torch.Tensor,
+        shape: tuple[int, int],
+        x: torch.Tensor,
+        stride: int,
+        topk_weights: torch.Tensor | None,
+    ) -> None:
+        """Where a combine of x (rows `stride` bytes apart) and topk_weights writes. Ranks at work
+        read those while it does."""
         self._result("out", out, shape)
+        if out.requires_grad and torch.is_grad_enabled():
+            remedy = "use combine_autograd(), or combine under torch.no_grad()"
+            wrong("out.requires_grad", True, "False where gradients are recorded", remedy)
+        self._apart(out, "x", x, (x.shape[0] - 1) * stride + x.shape[1] * x.element_size())
+        if topk_weights is not None:
+            self._apart(out, "topk_weights", topk_weights, topk_weights.nbytes)
+
+    def _apart(self, out: torch.Tensor, name: str, other: torch.Tensor, num_bytes: int) -> None:
+        """num_bytes: from the first of other's to its last, if it has any."""
+        begin, first = out.data_ptr(), other.data_ptr()
+        if other.numel() and begin < first + num_bytes and first < begin + out.nbytes:
+            place = f"at {begin:#x}, {out.nbytes} bytes"
+            wanted = f"apart from {name} at {first:#x}, {num_bytes} bytes"
+            wrong("out", place, wanted, "give it memory of its own, or leave it out")
 
     def alignment(self, alignment: int) -> None:
-        if type(alignment) is not int or not 1 <= alignment <= 65536:
+        _int("expert_alignment", alignment)
+        if not 1 <= alignment <= 65536:
             wrong("expert_alignment", alignment, "an integer from 1 to 65536", "use 1 for none")
 
     def most_tokens(self, num_tokens: int, max_tokens: int) -> None:
@@ -171,10 +233,12 @@ class Checker:
 
     def worst_tokens(self, num_worst_tokens: int) -> None:
         most = MAX_TOKENS * self.num_ranks
-        if type(num_worst_tokens) is not int or not 0 <= num_worst_tokens <= most:
+        _int("num_worst_tokens", num_worst_tokens)
+        if not 0 <= num_worst_tokens <= most:
             wrong("num_worst_tokens", num_worst_tokens, f"0 to {most}", "give 0 for exact sizes")
 
     def _result(self, name: str, tensor: torch.Tensor, shape: tuple[int, int]) -> None:
+        _tensor(name, tensor)
         if tensor.dtype is not torch.bfloat16:
             wrong(f"{name}.dtype", tensor.dtype, torch.bfloat16, "use bfloat16")
         if tensor.shape != shape:
@@ -211,13 +275,15 @@ class Checker:
         self._aligned(name, rows)
         return row_bytes, stride
 
-    def _table(self, name: str, table: torch.Tensor, rows: int | None) -> None:
+    def _table(self, name: str, table: torch.Tensor, rows: int | None, remedy: str) -> None:
         """[T, K], contiguous, on the device."""
-        good = table.dim() == 2 and 1 <= table.shape[1] <= self.max_topk
-        if not good or rows not in (None, table.shape[0]):
-            tokens = "T" if rows is None else rows
-            wanted = f"[{tokens}, K] with K from 1 to max_topk={self.max_topk}"
-            wrong(f"{name}.shape", list(table.shape), wanted, "one row per row of x")
+        if table.dim() != 2 or rows not in (None, table.shape[0]):
+            wanted = f"[{'T' if rows is None else rows}, K]"
+            wrong(f"{name}.shape", list(table.shape), wanted, remedy)
+        if not 1 <= table.shape[1] <= self.max_topk:
+            wanted = f"from 1 to max_topk={self.max_topk}"
+            remedy = "send as many, or build the NormalBuffer with a larger max_topk (at most 32)"
+            wrong(f"{name}.shape[1]", table.shape[1], wanted, remedy)
         self._on_device(name, table)
         if not table.is_contiguous():
             wrong(f"{name}.stride()", table.stride(), "contiguous", f"call {name}.contiguous()")

@@ -18,14 +18,16 @@ from ep_runtime.normal.group import most_sms, resolve_virtual
 from ep_runtime.normal.tuned import DEFAULT_SMS, TunedSms
 from ep_runtime.world import World
 
+Place = int | tuple[int, str]  # a collective, or a part of a round
+
 
 class _Meeting:
     """Where the threads of a group leave what they tell each other."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.told: dict[int, dict[int, bytes]] = {}
-        self.left: dict[int, int] = {}
+        self.told: dict[Place, dict[int, bytes]] = {}
+        self.left: dict[Place, int] = {}
         self.parts: dict[tuple[int, ...], _Meeting] = {}
 
     def of(self, members: Sequence[int]) -> _Meeting:
@@ -47,25 +49,28 @@ class ThreadWorld(World):
     def all_gather(self, data: bytes, *, timeout_s: float | None = None) -> list[bytes]:
         """Every rank's `data`, by rank. Raises PeerTimeout naming the first that is missing."""
         self._calls += 1
-        call, meeting = self._calls, self._meeting
         limit = self.timeout_s if timeout_s is None else timeout_s
+        return self._exchange_at(self._calls, f"collective {self._calls}", data, limit)
+
+    def _exchange_at(self, place: Place, what: str, data: bytes, limit: float) -> list[bytes]:
+        meeting = self._meeting
         deadline = time.monotonic() + limit
         with meeting.changed:
-            told = meeting.told.setdefault(call, {})
+            told = meeting.told.setdefault(place, {})
             told[self.rank] = data
             meeting.changed.notify_all()
             while len(told) < self.num_ranks:
                 if not meeting.changed.wait(deadline - time.monotonic()):
                     missing = self.members[min(set(range(self.num_ranks)) - set(told))]
                     raise PeerTimeout(
-                        f"the thread of rank {missing} did not reach collective {call} within"
+                        f"the thread of rank {missing} did not reach {what} within"
                         f" {limit:g} s; call it on every rank, each in its own thread",
                         rank=self.members[self.rank],
                         peer=missing,
                     )
-            meeting.left[call] = meeting.left.get(call, 0) + 1
-            if meeting.left[call] == self.num_ranks:
-                del meeting.told[call], meeting.left[call]
+            meeting.left[place] = meeting.left.get(place, 0) + 1
+            if meeting.left[place] == self.num_ranks:
+                del meeting.told[place], meeting.left[place]
         return [told[rank] for rank in range(self.num_ranks)]
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
@@ -73,11 +78,23 @@ class ThreadWorld(World):
         self.all_gather(b"", timeout_s=timeout_s)
 
     def between_meetings(self, step: Callable[[], None], absent: Collection[int] = ()) -> None:
-        """Normal operations have no masks: nobody is absent."""
+        """As World's: may be called again where a rank did not come. Normal operations have no
+        masks: nobody is absent."""
         del absent
-        self.barrier()
-        step()
-        self.barrier()
+        number = self._rounds.get((), 0)
+        if self._stepped != str(number):
+            self._exchange_at((number, "before"), f"meeting {number}", b"", self.timeout_s)
+            step()
+            self._stepped = str(number)
+        mine = str(self._calls).encode()
+        counts = self._exchange_at((number, "after"), f"meeting {number}", mine, self.timeout_s)
+        self._calls = max(int(count) for count in counts)
+        self._stepped = ""
+        self._rounds[()] = number + 1
+        with self._meeting.changed:  # of collectives in which somebody gave up
+            for place in [p for p in self._meeting.told if isinstance(p, int) and p <= self._calls]:
+                del self._meeting.told[place]
+                self._meeting.left.pop(place, None)
 
     def apart(self) -> World:
         """This one: threads of a process end together."""

@@ -66,6 +66,7 @@ class LowLatency:
                 " they are powers of two; pass both as True"
             )
         engine = self._engine(x, topk_idx, max_tokens, num_experts)
+        x = _values(x)
         buffer = engine.buffer
         dispatch_format: Literal["bf16", "fp8"] = "fp8" if use_fp8 else "bf16"
         scale_format: Literal["float32", "ue8m0"] = "float32"
@@ -130,7 +131,7 @@ class LowLatency:
                 f"topk_idx is {list(topk_idx.shape)}, topk_weights is {list(topk_weights.shape)}:"
                 " pass the topk_idx of the dispatch and a weight for each of its entries"
             )
-        rows = zero_copy_rows(engine, x) if zero_copy else x
+        rows = zero_copy_rows(engine, x) if zero_copy else _values(x)
         buffer = engine.buffer
         hook: Hook | None = None
         if out is None:
@@ -140,8 +141,8 @@ class LowLatency:
                 device=buffer.device,
             )
         options: dict[str, Any] = {
-            "topk_weights": topk_weights,
-            "out": out,
+            "topk_weights": _values(topk_weights),
+            "out": _values(out),
             "wait_ns": wait_ns,
             "combine_format": "fp8" if use_logfmt else None,
         }
@@ -272,3 +273,8 @@ def _tensors(received: Received) -> list[torch.Tensor | None]:
         received.layout_range,
         received.handle.routing,
     ]
+
+
+def _values(tensor: torch.Tensor) -> torch.Tensor:
+    """Low-latency calls cut gradients, and DeepEP's say nothing of it."""
+    return tensor.detach() if tensor.requires_grad else tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import programs
 import pytest
@@ -170,6 +171,105 @@ def test_weights_of_entries_that_go_nowhere_have_no_gradient() -> None:
     assert torch.equal(weights.grad, torch.tensor([[3.0, 0.0], [0.0, 0.0]]))  # type: ignore[arg-type]
     assert x.grad is not None
     assert torch.equal(x.grad, torch.tensor([[1.0], [0.0]]).expand(2, HIDDEN).bfloat16())
+
+
+def unaligned(rows: torch.Tensor) -> torch.Tensor:
+    """The same values, contiguous, two bytes behind where a row may begin."""
+    held = torch.empty(rows.numel() + 1, dtype=rows.dtype)[1:].view(rows.shape).copy_(rows)
+    assert held.is_contiguous()
+    assert held.data_ptr() % 16
+    return held
+
+
+def test_gradients_may_begin_anywhere() -> None:
+    """Refused on one rank, they would leave the others waiting."""
+    buffer = virtual_normal_ranks(1, backend="host", max_tokens=4, max_hidden=HIDDEN)[0]
+    x = torch.randn(3, HIDDEN).bfloat16().requires_grad_()
+    idx, weights = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    grad = torch.randn(3, HIDDEN).bfloat16()
+
+    received = dispatch_autograd(buffer, x, idx, weights, num_experts=1)
+    received.x.backward(unaligned(grad))  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert torch.equal(x.grad, grad)
+
+    y = torch.randn(3, HIDDEN).bfloat16().requires_grad_()
+    out, _ = combine_autograd(buffer, y, received.handle)
+    out.backward(unaligned(grad))  # type: ignore[no-untyped-call]
+    assert y.grad is not None
+    assert torch.equal(y.grad, grad)
+
+
+def dispatched(buffer: NormalBuffer, x: torch.Tensor) -> torch.Tensor:
+    idx, weights = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    return dispatch_autograd(buffer, x, idx, weights, num_experts=1).x
+
+
+def combined(buffer: NormalBuffer, x: torch.Tensor) -> torch.Tensor:
+    idx = torch.zeros(2, 1, dtype=torch.int64)
+    handle = buffer.dispatch(x.detach(), idx, num_experts=1).handle
+    return combine_autograd(buffer, x, handle)[0]
+
+
+@pytest.mark.parametrize("through", [dispatched, combined])
+def test_gradients_of_gradients_are_refused(
+    through: Callable[[NormalBuffer, torch.Tensor], torch.Tensor],
+) -> None:
+    """Their part of the second derivative would be missing, with nothing to tell."""
+    buffer = virtual_normal_ranks(1, backend="host", max_tokens=4, max_hidden=HIDDEN)[0]
+    x = torch.randn(2, HIDDEN).bfloat16().requires_grad_()
+    loss = through(buffer, x).float().square().sum()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.float().sum().backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("missing", [{"topk_idx": None}, {"topk_weights": None}])
+def test_a_dispatch_with_gradients_needs_choices_and_weights(missing: dict[str, None]) -> None:
+    buffer = virtual_normal_ranks(1, backend="host", max_tokens=4, max_hidden=HIDDEN)[0]
+    idx, weights = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    x = torch.zeros(2, HIDDEN).bfloat16()
+    given: dict[str, Any] = {"topk_idx": idx, "topk_weights": weights} | missing
+    (name,) = missing
+    with pytest.raises(ShapeError, match=f"{name} of dispatch_autograd is NoneType.*pass it"):
+        dispatch_autograd(buffer, x, num_experts=1, layout=buffer.layout(idx, 1), **given)
+    assert buffer.stats.dispatches == 0
+
+
+def test_an_overwritten_out_is_seen_by_a_backward_pass_that_saved_it() -> None:
+    buffer = virtual_normal_ranks(1, backend="host", max_tokens=4, max_hidden=HIDDEN)[0]
+    x = torch.randn(2, HIDDEN).bfloat16()
+    received = buffer.dispatch(x, torch.zeros(2, 1, dtype=torch.int64), num_experts=1)
+    gain = torch.ones(HIDDEN, dtype=torch.bfloat16).requires_grad_()
+    out, _ = buffer.combine(received.x, received.handle)
+    loss = (gain * out).float().sum()
+    buffer.combine(-received.x, received.handle, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def test_an_out_of_inference_mode_is_written_like_any_other() -> None:
+    """It has no version to count up."""
+    buffer = virtual_normal_ranks(1, backend="host", max_tokens=4, max_hidden=HIDDEN)[0]
+    x = torch.randn(2, HIDDEN).bfloat16()
+    received = buffer.dispatch(x, torch.zeros(2, 1, dtype=torch.int64), num_experts=1)
+    with torch.inference_mode():
+        out = torch.empty_like(x)
+    buffer.combine(received.x, received.handle, out=out)
+    assert torch.equal(out, x)
+
+
+def test_an_out_that_requires_grad_is_refused_where_gradients_are_recorded() -> None:
+    buffer = virtual_normal_ranks(1, backend="host", max_tokens=4, max_hidden=HIDDEN)[0]
+    x = torch.randn(2, HIDDEN).bfloat16()
+    received = buffer.dispatch(x, torch.zeros(2, 1, dtype=torch.int64), num_experts=1)
+    out = torch.zeros(2, HIDDEN).bfloat16().requires_grad_()
+    with pytest.raises(ShapeError, match=r"out.requires_grad.*combine_autograd"):
+        buffer.combine(received.x, received.handle, out=out)
+    assert buffer.stats.combines == 0
+    with torch.no_grad():
+        buffer.combine(received.x, received.handle, out=out)
+    assert torch.equal(out, x)
 
 
 def test_fp8_rows_are_refused() -> None:

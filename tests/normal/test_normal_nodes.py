@@ -25,7 +25,7 @@ from expect import (
 from node_groups import NodePlace, Pair, check_near, goes_to_node, sum_by_nodes
 from node_places import MOST, OpenPair
 from ranks import ThreadGroup
-from test_normal_autograd import layer
+from test_normal_autograd import bring, layer
 
 from ep_runtime import ShapeError
 from ep_runtime.normal.reference import ExpectedRows, RankTokens
@@ -246,16 +246,15 @@ def test_gradients_are_those_of_the_flat_group(
                 one,
                 gains,
                 torch.randn(one.x.shape, generator=rng).bfloat16(),
-                True,
                 (
                     torch.randn(one.x.shape, generator=rng),
                     torch.randn(one.topk_weights.shape, generator=rng),
                 ),
-                worst,
             )
             for one in inputs
         ]
-        pair.both(layer, arguments)
+        pair.both(bring, arguments)
+        pair.both(layer, [(True, worst)] * ranks)
 
 
 def test_one_node_is_a_flat_group(rng: torch.Generator) -> None:

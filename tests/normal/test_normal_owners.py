@@ -15,7 +15,7 @@ from ranks import Group, Place, ThreadGroup
 
 from ep_runtime.normal import NormalBuffer, NormalReceived
 from ep_runtime.normal.config import block_bytes
-from ep_runtime.normal.heap import DataHeap
+from ep_runtime.normal.heap import DataHeap, _Owner
 from ep_runtime.normal.reference import RankTokens
 
 OpenGroup = Callable[..., Group]
@@ -197,3 +197,8 @@ def test_a_replaced_heap_lives_until_both_parts_are_dropped(
     del tokens
     programs.drop(buffer, "source_token")
     assert len(freed) == 1
+
+
+def test_an_owner_that_was_not_made_gives_nothing_back() -> None:
+    """Python deletes it as well, and prints what that raises."""
+    _Owner.__new__(_Owner).__del__()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ep_runtime.bench import link, low_latency, normal, out
 from ep_runtime.bench.__main__ import main
 from ep_runtime.bench.arguments import parse_link, parse_low_latency, parse_normal
 from ep_runtime.bench.options import PEERS, LowLatencyOptions
@@ -22,6 +23,7 @@ from ep_runtime.errors import ConfigError
         ({"experts": (4,)}, "experts"),
         ({"pairs": 0}, "pairs"),
         ({"replays": -1}, "replays"),
+        ({"hidden": 100}, "hidden=100: .*multiple of 128"),
         ({"dispatch_formats": ("int8",)}, "dispatch_formats"),
         ({"recv_formats": ("sorted",)}, "recv_formats"),
         ({"modes": ("magic",)}, "modes"),
@@ -96,6 +98,44 @@ def test_a_wrong_option_ends_with_an_error_and_no_trace(
 ) -> None:
     assert main(["low-latency", "--tokens", "0"]) == 1
     assert "error: tokens=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["low-latency", "normal", "link"])
+def test_a_folder_that_cannot_be_made_is_told_before_anything_starts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("ranks were started")
+
+    for module in (low_latency, normal):
+        monkeypatch.setattr(module, "launch", start)
+    monkeypatch.setattr(link, "run", start)
+    (tmp_path / "file").touch()
+    place = str(tmp_path / "file" / "results")
+    assert main([name, "--out", place]) == 1
+    told = capsys.readouterr().err
+    assert f"error: out={place!r} cannot be made" in told
+    assert "give --out" in told
+
+
+def test_rank_alone_silences_nothing_and_torchruns_ranks_but_one_are_silent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name in place:
+        monkeypatch.delenv(name, raising=False)
+    assert out.is_first()
+    monkeypatch.setenv("RANK", "1")
+    assert out.is_first()
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    assert not out.is_first()
+    out.make_folder(tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+    monkeypatch.setenv("RANK", "0")
+    out.make_folder(tmp_path / "results")
+    assert out.is_first()
+    assert (tmp_path / "results").is_dir()
 
 
 @pytest.mark.parametrize("parse", [parse_low_latency, parse_normal])

@@ -88,6 +88,13 @@ def test_doctor_prints_json() -> None:
     assert {"name", "status", "value", "advice"} == set(told["findings"][0])
 
 
+def test_doctor_speaks_whatever_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+        assert json.loads(run(cli.app, ["doctor", "--json"]).stdout)["abilities"]
+
+
 def test_doctor_fails_where_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = [Finding("CPU ranks", "problem", "not built", "make build")]
     monkeypatch.setattr("ep_runtime.doctor.abilities", lambda: broken)

@@ -20,12 +20,12 @@ def only(findings: Iterator[Finding]) -> Finding:
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let torch report so many GPUs that all reach each other."""
 
-    def pretend(count: int) -> None:
+    def pretend(count: int, major: int = 9) -> None:
         properties = SimpleNamespace(
-            name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
+            name="NVIDIA", major=major, minor=0, multi_processor_count=132, total_memory=80 << 30
         )
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -105,6 +105,43 @@ def test_a_gpu_older_than_the_build_is_a_problem(
     finding = only(doctor.probe_GPUs())
     assert finding.status == "problem"
     assert "EP_CUDA_ARCHS=90" in finding.advice
+
+
+def test_a_gpu_older_than_hopper_is_not_supported(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(1, major=8)
+    pretend_build(monkeypatch, has_cuda=True, archs="90")
+    finding = only(doctor.probe_GPUs())
+    assert finding.status == "problem"
+    assert "sm_80" in finding.value
+    assert "not supported" in finding.value
+    assert "--backend host" in finding.advice
+    assert "EP_CUDA_ARCHS" not in finding.advice
+    assert [f.status for f in doctor.abilities()] == ["ok", "missing", "missing"]
+
+
+@pytest.mark.parametrize(("device", "advice"), [(False, ""), (True, "unset CUDA_VISIBLE_DEVICES")])
+def test_hidden_gpus_are_suspected_only_where_there_is_a_device(
+    gpus: Callable[..., None], monkeypatch: pytest.MonkeyPatch, device: bool, advice: str
+) -> None:
+    gpus(0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(doctor, "_has_gpu_device", lambda: device)
+    assert only(doctor.probe_GPUs()).advice == ""  # an empty variable reads as unset
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert only(doctor.probe_GPUs()).advice == advice
+
+
+@pytest.mark.parametrize(("wheel", "installs"), [(None, True), ("3.6.1", False)])
+def test_a_wheel_is_advised_only_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, wheel: str | None, installs: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "ep_runtime._nvshmem", None)
+    monkeypatch.setattr(doctor, "_version", lambda _: wheel)
+    finding = only(doctor.probe_NVSHMEM())
+    assert ("pip install 'nvidia-nvshmem-cu13>=3.4.5,<4'" in finding.advice) == installs
+    assert "make clean build" in finding.advice
 
 
 def test_pairs_without_peer_access_are_named(

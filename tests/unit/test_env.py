@@ -17,6 +17,9 @@ def test_nothing_set_gives_the_defaults() -> None:
     assert (Env().memory, Env().pdl, Env().num_sms) == ("auto", True, 0)
 
 
+PLACE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
 def test_empty_and_blank_count_as_unset() -> None:
     assert env.read({"EP_TIMEOUT_S": "", "RANK": " "}) == Env()
 
@@ -43,16 +46,22 @@ def test_a_bad_value_is_named_with_what_the_variable_takes(
     name: str, text: str, takes: str
 ) -> None:
     with pytest.raises(ConfigError) as raised:
-        env.read({name: text})
+        env.read({**PLACE, name: text})
     assert f"{name}={text!r}" in str(raised.value)
     assert takes in str(raised.value)
 
 
 def test_torchrun_is_recognised_by_all_four_of_its_variables() -> None:
-    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    assert env.read(place).under_torchrun
-    for missing in place:
-        assert not env.read({k: v for k, v in place.items() if k != missing}).under_torchrun
+    assert env.read(PLACE).under_torchrun
+    for missing in PLACE:
+        assert not env.read({k: v for k, v in PLACE.items() if k != missing}).under_torchrun
+
+
+@pytest.mark.parametrize(
+    "others", [{"MASTER_PORT": "tcp://10.0.0.1:29500"}, {"LOCAL_RANK": "-1"}, {"RANK": "first"}]
+)
+def test_without_a_launcher_its_variables_may_be_of_others(others: dict[str, str]) -> None:
+    assert env.read(others) == Env()
 
 
 def test_a_default_for_another_library_yields_to_the_user(monkeypatch: pytest.MonkeyPatch) -> None:

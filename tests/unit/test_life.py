@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NoReturn
@@ -11,7 +13,7 @@ import pytest
 import torch
 from good_calls import CONFIG, bf16, dispatch
 
-from ep_runtime import Buffer, CudaError, SequenceError, virtual_ranks
+from ep_runtime import Buffer, CudaError, SequenceError, ShapeError, virtual_ranks
 from ep_runtime.memory import base
 from ep_runtime.rank import OpRecord
 
@@ -104,3 +106,56 @@ def test_what_was_sent_says_how_to_get_at_what_came(buffer: Buffer) -> None:
         with pytest.raises(AttributeError, match=rf"no '{name}': call wait\(\)"):
             getattr(pending, name)
     assert pending.wait().x is not None
+
+
+def test_what_a_receive_adds_to_lives_until_it_is_waited_for(buffer: Buffer) -> None:
+    """The receive has nothing but its address."""
+    counts = torch.zeros(8, dtype=torch.int32)
+    waited = torch.zeros(1, dtype=torch.int64)
+    kept = [weakref.ref(counts), weakref.ref(waited)]
+    received = dispatch(buffer, cumulative_recv_count=counts, wait_ns=waited).wait()
+    pending = dispatch(buffer, cumulative_recv_count=counts, wait_ns=waited, chain=1)
+    home = buffer.combine(bf16(8, 16, 256), received.handle, wait_ns=waited)
+    del counts, waited
+    gc.collect()
+    assert all(one() is not None for one in kept)
+    pending.wait()
+    home.wait()
+    del pending, home
+    assert all(one() is None for one in kept)
+
+
+def test_a_budget_that_is_set_while_patient_stays(buffer: Buffer) -> None:
+    buffer.set_time_budget(7.0)
+    with buffer.patient():
+        assert buffer.time_budget_s == 60.0
+    assert buffer.time_budget_s == 7.0
+    with buffer.patient():
+        buffer.set_time_budget(3.0)
+    assert buffer.time_budget_s == 3.0
+
+
+@pytest.mark.parametrize("seconds", [0, 1e-10, 1e9, float("nan"), "5", True])
+def test_a_budget_is_a_number_of_seconds(buffer: Buffer, seconds: object) -> None:
+    with pytest.raises(ShapeError, match="it must be a number from"):
+        buffer.set_time_budget(seconds)  # type: ignore[arg-type]
+
+
+def test_statistics_of_a_closed_buffer_are_gone(buffer: Buffer) -> None:
+    assert buffer.stats_region(0)[1] > 0
+    buffer.close()
+    with pytest.raises(SequenceError, match="closed Buffer"):
+        buffer.stats_region(0)
+
+
+def test_receive_tensors_made_in_inference_mode_are_ordinary_ones(buffer: Buffer) -> None:
+    with torch.inference_mode():
+        into = buffer.new_receive()
+    assert not into.received.x.is_inference()
+    assert not into.received.handle.routing.is_inference()
+
+
+def test_what_is_received_is_compared_as_an_object(buffer: Buffer) -> None:
+    received = dispatch(buffer).wait()
+    assert received in [received]
+    assert {received.handle: 1}[received.handle] == 1

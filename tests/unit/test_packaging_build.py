@@ -15,7 +15,7 @@ import pytest
 import setuptools
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-CHOICES = ("EP_NVCC", "EP_NO_CUDA", "EP_CUDA_ARCHS", "CUDA_HOME", "CXXFLAGS")
+CHOICES = ("EP_NVCC", "EP_NO_CUDA", "EP_CUDA_ARCHS", "CUDA_HOME", "CXXFLAGS", "MAX_JOBS")
 
 BINDINGS = """
 #include <Python.h>
@@ -96,6 +96,38 @@ def test_a_compile_error_fails_the_build_and_shows_the_command(project: Path) ->
     assert "-std=c++20" in done.stderr
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "many", "1.5"])
+def test_a_number_of_jobs_that_is_none_is_one_line(project: Path, text: str) -> None:
+    done = build(project, EP_NO_CUDA="1", MAX_JOBS=text)
+    assert done.returncode != 0
+    assert f"ep_runtime: MAX_JOBS={text!r}: give a whole number of 1 or more" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_compiler_is_one_line(project: Path) -> None:
+    done = build(project, EP_NO_CUDA="1", CXX="no-such-c++ -pipe")
+    assert done.returncode != 0
+    assert "no program 'no-such-c++'; install a C++20 compiler or set CXX" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sources_that_are_not_whole_are_one_line(project: Path) -> None:
+    shutil.rmtree(project / "csrc")
+    done = build(project, EP_NO_CUDA="1")
+    assert done.returncode != 0
+    assert "csrc/bindings.cpp is not there" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reason_with_quotes_reaches_the_module(project: Path) -> None:
+    script = project / "setup.py"
+    text = script.read_text()
+    assert '"EP_NO_CUDA is set"' in text
+    script.write_text(text.replace('"EP_NO_CUDA is set"', repr('a "quoted" \\ reason')))
+    assert build(project, EP_NO_CUDA="1").returncode == 0
+    assert ask(project, "c.build_info") == 'a "quoted" \\ reason'
+
+
 @pytest.mark.slow
 def test_the_real_sources_hold_together_without_cuda(project: Path) -> None:
     shutil.rmtree(project / "csrc")
@@ -109,8 +141,8 @@ def test_the_real_sources_hold_together_without_cuda(project: Path) -> None:
 
 
 @pytest.fixture
-def find_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Any, str]]:
-    """setup.py's own search, in an environment where nothing is set and PATH is empty."""
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """setup.py as a module, in an environment where nothing is set and PATH is empty."""
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     for name in CHOICES:
         monkeypatch.delenv(name, raising=False)
@@ -122,6 +154,12 @@ def find_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Any, str]]:
     monkeypatch.setitem(sys.modules, "ep_setup", script)  # dataclasses look their module up
     spec.loader.exec_module(script)
     monkeypatch.setattr(script, "find_wheel_directory", lambda *_: None)
+    return script
+
+
+@pytest.fixture
+def find_cuda(script: Any) -> Callable[[], tuple[Any, str]]:
+    """setup.py's own search."""
 
     def search() -> tuple[Any, str]:
         script.find_cuda.cache_clear()
@@ -149,6 +187,98 @@ def fake_nvcc(directory: Path, version: str) -> Path:
     )
     nvcc.chmod(0o755)
     return nvcc
+
+
+def broken_nvcc(directory: Path, body: str, interpreter: str = "/bin/sh") -> Path:
+    directory.mkdir()
+    nvcc = directory / "nvcc"
+    nvcc.write_text(f"#!{interpreter}\n{body}\n")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+BROKEN = [
+    ("echo no licence >&2; exit 3", "/bin/sh", "status 3 from --version: no licence"),
+    ("exit 0", "/bin/sh", "it does not answer like nvcc"),
+    ("", "/nowhere/sh", "No such file"),
+]
+
+
+@pytest.mark.parametrize(("body", "interpreter", "why"), BROKEN)
+def test_a_broken_compiler_that_nobody_named_is_passed_over(
+    find_cuda: Finder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    body: str,
+    interpreter: str,
+    why: str,
+) -> None:
+    nvcc = broken_nvcc(tmp_path / "broken", body, interpreter)
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    cuda, reason = find_cuda()
+    assert cuda is None
+    assert f"nvcc from PATH ({nvcc}) does not work: " in reason
+    assert why in reason
+    assert reason in capsys.readouterr().err
+
+
+def test_after_a_broken_compiler_comes_the_pip_toolkit(
+    script: Any, find_cuda: Finder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_path = broken_nvcc(tmp_path / "broken", "exit 1").parent
+    monkeypatch.setenv("PATH", f"{on_path}:/usr/bin:/bin")
+    wheel = fake_nvcc(tmp_path / "wheel", "13.1").parent
+    monkeypatch.setattr(script, "find_wheel_directory", lambda *_: wheel)
+    cuda, reason = find_cuda()
+    assert cuda.version == "13.1.88"
+    assert "from pip CUDA toolkit" in reason
+
+
+@pytest.mark.parametrize(("body", "interpreter", "why"), BROKEN)
+def test_a_broken_compiler_that_was_named_ends_the_build(
+    find_cuda: Finder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    body: str,
+    interpreter: str,
+    why: str,
+) -> None:
+    nvcc = broken_nvcc(tmp_path / "bin", body, interpreter)
+    for name, value in (("CUDA_HOME", tmp_path), ("EP_NVCC", nvcc)):
+        monkeypatch.setenv(name, str(value))
+        with pytest.raises(SystemExit, match=f"(?s){name} says {nvcc}, .*{why}") as ended:
+            find_cuda()
+        assert "set EP_NVCC or EP_NO_CUDA=1" in str(ended.value)
+
+
+@pytest.mark.parametrize("text", ["sm_90", "9.0", "90;80", "90b", "1000", ";"])
+def test_architectures_that_are_none_are_one_line(
+    find_cuda: Finder, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("EP_CUDA_ARCHS", text)
+    with pytest.raises(SystemExit, match=f"EP_CUDA_ARCHS='{text}' .*numbers of 90 or more") as told:
+        find_cuda()
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_what_an_earlier_build_left_is_not_packed(
+    script: Any, tmp_path: Path, editable: bool
+) -> None:
+    source, packed = tmp_path / "source", tmp_path / "lib" / "ep_runtime"
+    source.mkdir()
+    (source / "__init__.py").touch()
+    packed.mkdir(parents=True)
+    (packed / "removed.py").touch()
+    given = {"packages": ["ep_runtime"], "package_dir": {"ep_runtime": str(source)}}
+    given["script_name"] = "setup.py"
+    command = script.BuildPython(setuptools.Distribution(given))
+    command.build_lib, command.editable_mode = str(packed.parent), editable
+    command.ensure_finalized()
+    command.run()
+    held = sorted(path.name for path in packed.iterdir())
+    assert held == (["removed.py"] if editable else ["__init__.py"])
 
 
 def test_no_compiler_anywhere_says_where_it_looked(find_cuda: Finder) -> None:

@@ -95,6 +95,25 @@ def test_native_modules_import_before_torch_and_without_a_driver() -> None:
     assert out.split() == [str(_C.has_cuda), "False"]
 
 
+def test_an_sdist_holds_all_sources_and_nothing_built(tmp_path: Path) -> None:
+    if shutil.which("git") is None or not (CHECKOUT / ".git").exists():
+        pytest.skip("this is no git checkout")
+    tracked = subprocess.check_output(["git", "ls-files"], cwd=CHECKOUT, text=True).splitlines()
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)],
+        cwd=CHECKOUT,
+        env={**os.environ, "EP_NO_CUDA": "1"},
+        check=True,
+    )
+    (sources,) = tmp_path.glob("*.egg-info/SOURCES.txt")
+    held = set(sources.read_text().splitlines())
+    wanted = {n for n in tracked if not n.startswith("benchmarks/results/") and n != ".gitignore"}
+    assert any(name.startswith("csrc/cuda/") for name in wanted)
+    present = {name for name in wanted if (CHECKOUT / name).exists()}
+    assert present - held == set()
+    assert [name for name in held if re.search(r"\.(o|so|a|pyc)$|__pycache__", name)] == []
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_all_parts(tmp_path: Path) -> None:
     source = tmp_path / "source"

@@ -159,6 +159,62 @@ def test_what_ranks_that_share_a_gpu_measure_is_not_written(
     assert not gpu.exists()
 
 
+@pytest.fixture
+def unnamed(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same machine, whose user did not say where the file is."""
+    monkeypatch.delenv("EP_TUNED")
+    return gpu
+
+
+def test_a_user_without_a_home_directory_gets_the_defaults(
+    unnamed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    assert tuned_num_sms(2) == TunedSms()
+    assert tuned_num_sms(2, default=TunedSms(4, 4)) == TunedSms(4, 4)
+
+
+def test_a_home_that_is_no_directory_gives_the_defaults(
+    unnamed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/dev/null")
+    assert tuned_num_sms(2) == TunedSms()
+    monkeypatch.setenv("EP_TUNED", str(tuned_path()))  # but who asks for a file means it
+    with pytest.raises(ConfigError, match="Not a directory"):
+        tuned_num_sms(2)
+
+
+def test_a_home_of_somebody_else_gives_the_defaults(
+    unnamed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_text(_path: Path) -> str:  # root, which tests may be, is denied nothing
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert tuned_num_sms(2) == TunedSms()
+
+
+def test_a_damaged_file_in_the_cache_is_refused_as_well(
+    unnamed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tuned_path().parent.mkdir(parents=True)
+    tuned_path().write_text("{")
+    with pytest.raises(ConfigError, match=str(tuned_path())):
+        tuned_num_sms(2)
+
+
+@pytest.mark.parametrize("sms", [{"dispatch": 0, "combine": 8}, {"dispatch": 8, "combine": -1}])
+def test_a_file_with_less_than_one_sm_is_refused(gpu: Path, sms: dict[str, int]) -> None:
+    gpu.parent.mkdir()
+    gpu.write_text(json.dumps({"GPU X": {"2": sms}}))
+    with pytest.raises(ConfigError, match=f"{gpu}.*at least 1 SM"):
+        tuned_num_sms(2)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"GPU X": {"2": {"dispatch": 8}}}'])
 def test_a_damaged_file_is_refused(gpu: Path, text: str) -> None:
     gpu.parent.mkdir()

@@ -21,6 +21,12 @@ def buffers() -> Iterator[list[Buffer]]:
 
 
 BAD_DISPATCH: list[tuple[dict[str, Any], str]] = [
+    ({"x": None}, "x is of type NoneType.*torch.Tensor"),
+    ({"x": bf16(ROWS, 256).requires_grad_()}, r"x\.requires_grad.*no_grad.*dispatch_autograd"),
+    ({"topk_idx": [[0, 1, 2, 3]] * ROWS}, "topk_idx is of type list"),
+    ({"topk_weights": torch.zeros(ROWS, 4).requires_grad_()}, r"topk_weights\.requires_grad"),
+    ({"round_scale": 1}, "round_scale=1: it must be True, False or None"),
+    ({"wait_ns": [0, 0]}, "wait_ns is of type list"),
     ({"x": torch.zeros(ROWS, 256)}, r"x\.dtype is torch\.float32.*bfloat16"),
     ({"x": bf16(ROWS, 128)}, r"x\.shape is \[5, 128\].*\[T, 256\]"),
     ({"x": bf16(256)}, r"x\.shape is \[256\]"),

@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import HashStore
 from world_ranks import on_ranks
 
-from ep_runtime import ConfigError, PeerTimeout, World
+from ep_runtime import ConfigError, GroupFault, PeerTimeout, World
 
 
 def nothing() -> None:
@@ -186,3 +186,30 @@ def test_meetings_leave_no_keys_behind() -> None:
     # Of each rank the last round's two meetings, a barrier, and a counter; of rank 0 the last round
     # without rank 1, too.
     assert max(on_ranks(2, step)) <= 2 * 4 + 2
+
+
+def test_after_a_round_all_count_their_collectives_alike() -> None:
+    """One gave up a collective that another had not begun: they would never meet again."""
+
+    def step(world: World) -> list[bytes]:
+        if world.rank == 0:
+            with pytest.raises(PeerTimeout):
+                world.barrier(timeout_s=0.1)
+            with pytest.raises(PeerTimeout):
+                world.barrier(timeout_s=0.1)
+        world.between_meetings(nothing)
+        return world.all_gather(str(world.rank).encode())
+
+    assert on_ranks(3, step) == [[b"0", b"1", b"2"]] * 3
+
+
+def test_what_ranks_say_at_different_places_is_no_answer() -> None:
+    def step(world: World) -> str:
+        if world.rank == 0:
+            world.barrier()
+            return ""
+        with pytest.raises(GroupFault, match="rank 0 is at something else.*reset"):
+            world.agree("allocating", nothing)
+        return "told"
+
+    assert on_ranks(2, step) == ["", "told"]
