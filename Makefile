@@ -39,9 +39,17 @@ $(VENV)/.environment: .ci/make_venv.py
 	$(PYTHON) .ci/make_venv.py $(VENV) --torch '$(TORCH)'
 	@touch $@
 
+# What the build reads of its environment: written where it has changed, which builds again.
+SETTINGS := $(foreach name,EP_NO_CUDA EP_NVCC EP_CUDA_ARCHS CUDA_HOME CXX CXXFLAGS,$(name)=$($(name)))
+
+$(VENV)/.settings: $(VENV)/.environment FORCE
+	@[ "$$(cat $@ 2>/dev/null)" = '$(SETTINGS)' ] || echo '$(SETTINGS)' >$@
+
+FORCE:
+
 # An editable install, so that graphs/ and integrations/ are found inside ep_runtime. Packages that
 # are there already are not looked up: this needs no network where nothing is missing.
-$(VENV)/.built: $(VENV)/.environment setup.py pyproject.toml $(NATIVE)
+$(VENV)/.built: $(VENV)/.environment $(VENV)/.settings setup.py pyproject.toml $(NATIVE)
 	@mkdir -p build
 	@echo "building (the full log is build/build.log)"
 	@$(PIP) -v -e '.[test]' >build/build.log 2>&1 || { cat build/build.log; exit 1; }
