@@ -249,7 +249,8 @@ class Buffer(CallOrder):
         call = self._prepare_combine(
             "combine_fused", y, handle, topk_weights, out, wait_ns, combine_format
         )
-        apart("out", call.result, "y", y)
+        if out is not None:
+            apart("out", out, "y", y)
         self._tell("combine_fused", handle.chain)
         self._ops.combine_fused(handle.chain, call.inputs, call.output, handle.expected_tokens)
         self._after_host_wait()

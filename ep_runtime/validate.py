@@ -12,6 +12,7 @@ import torch
 from ep_runtime.config import CombineFormat, EpConfig
 from ep_runtime.errors import ConfigError, SequenceError, ShapeError
 from ep_runtime.handles import Handle
+from ep_runtime.overlap import overlap
 from ep_runtime.receive import ReceiveBuffer
 
 ROW_ALIGNMENT = 16  # bytes: rows are read and written as 16-byte vectors
@@ -279,18 +280,9 @@ class Checker:
 
 def apart(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Raise ShapeError where two tensors share memory: one kernel reads the one and writes the
-    other. Strides between two rows count as theirs."""
-    first, second = _range(tensor), _range(other)
-    if first[0] < second[1] and second[0] < first[1]:
+    other."""
+    if overlap(tensor, other):
         _wrong(f"the memory of {name}", f"in that of {other_name}", "apart from it", "give another")
-
-
-def _range(tensor: torch.Tensor) -> tuple[int, int]:
-    if tensor.numel() == 0:
-        return 0, 0
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((size - 1) * stride for size, stride in steps)
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _tensor(name: str, value: object) -> None:

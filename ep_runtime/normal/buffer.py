@@ -293,7 +293,7 @@ class NormalBuffer(NormalSteps):
             topk = topk_weights.shape[1]
         overwritten = None
         if out is not None:
-            self._check.out(out, shape, x, stride, topk_weights)
+            self._check.out(out, shape, x, topk_weights)
             overwritten = out if torch.is_grad_enabled() else None
         sms = self._sms(num_sms, self.num_sms.combine)
         self.stats.combines += 1

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from ep_runtime import current
-from ep_runtime.errors import ShapeError
 from ep_runtime.native import _C
 from ep_runtime.normal.config import block_bytes, inbox_bytes
 from ep_runtime.normal.handles import (
@@ -30,8 +29,6 @@ from ep_runtime.normal.rails import Rails
 from ep_runtime.normal.receive import Target
 from ep_runtime.normal.steps import NormalSteps
 from ep_runtime.normal.validate import Outgoing
-
-MOST_UNROUTED = 32  # ranks of a group that can dispatch without topk_idx
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +85,8 @@ class NodePath:
         exact = num_worst_tokens == 0
         # A rail's rank is told by topk_idx who in its node wants a token.
         unrouted = routes.topk_idx is None
-        experts = self._ranks_for_experts() if unrouted else num_experts
+        # Without it ranks take the place of experts: few enough of them, see NormalSteps._routes.
+        experts = self._whole.num_ranks if unrouted else num_experts
         topk = experts if unrouted else routes.topk
         self.rails.check_out(rows.row_bytes, rows.num_scales, topk)
         if not exact:
@@ -260,16 +258,6 @@ class NodePath:
             stream = current.stream_handle(device)
             _C.cuda_by_node(*addresses, device.index, stream)
         return Layout(count, layout.tokens_per_expert, goes), named
-
-    def _ranks_for_experts(self) -> int:
-        """Ranks of the group, which take the place of experts where no topk_idx is given."""
-        ranks = self._whole.num_ranks
-        if ranks > MOST_UNROUTED:
-            raise ShapeError(
-                f"topk_idx is not given on {ranks} ranks with nodes: that takes at most"
-                f" {MOST_UNROUTED} ranks; pass topk_idx"
-            )
-        return ranks
 
     def _cross(
         self,

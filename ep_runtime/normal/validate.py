@@ -13,6 +13,7 @@ import torch
 
 from ep_runtime.errors import ShapeError
 from ep_runtime.normal.handles import Layout, NormalHandle
+from ep_runtime.overlap import memory_of, overlap
 
 MAX_ROW_BYTES = 32768
 MAX_TOKENS = 1 << 20
@@ -199,25 +200,19 @@ class Checker:
         out: torch.Tensor,
         shape: tuple[int, int],
         x: torch.Tensor,
-        stride: int,
         topk_weights: torch.Tensor | None,
     ) -> None:
-        """Where a combine of x (rows `stride` bytes apart) and topk_weights writes. Ranks at work
-        read those while it does."""
+        """Where a combine of x and topk_weights writes. Ranks at work read those while it does."""
         self._result("out", out, shape)
         if out.requires_grad and torch.is_grad_enabled():
             remedy = "use combine_autograd(), or combine under torch.no_grad()"
             wrong("out.requires_grad", True, "False where gradients are recorded", remedy)
-        self._apart(out, "x", x, (x.shape[0] - 1) * stride + x.shape[1] * x.element_size())
-        if topk_weights is not None:
-            self._apart(out, "topk_weights", topk_weights, topk_weights.nbytes)
-
-    def _apart(self, out: torch.Tensor, name: str, other: torch.Tensor, num_bytes: int) -> None:
-        """num_bytes: from the first of other's to its last, if it has any."""
-        begin, first = out.data_ptr(), other.data_ptr()
-        if other.numel() and begin < first + num_bytes and first < begin + out.nbytes:
-            place = f"at {begin:#x}, {out.nbytes} bytes"
-            wanted = f"apart from {name} at {first:#x}, {num_bytes} bytes"
+        for name, other in (("x", x), ("topk_weights", topk_weights)):
+            if other is None or not overlap(out, other):
+                continue
+            (begin, end), (first, last) = memory_of(out), memory_of(other)
+            place = f"at {begin:#x}, {end - begin} bytes"
+            wanted = f"apart from {name} at {first:#x}, {last - first} bytes"
             wrong("out", place, wanted, "give it memory of its own, or leave it out")
 
     def alignment(self, alignment: int) -> None:

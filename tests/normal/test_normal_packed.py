@@ -84,13 +84,19 @@ class Combines:
         return home, words
 
 
+def open_combines(
+    open_group: OpenGroup, place: Place, rng: torch.Generator, tokens: int, hidden: int
+) -> Combines:
+    group = open_group(max_tokens=tokens, max_hidden=hidden, max_experts=64, max_topk=TOPK)
+    return Combines(group, place.num_ranks, rng)
+
+
 @pytest.mark.parametrize("num_sms", [packing.LEAST_SMS, 64, EVERY])
 @pytest.mark.parametrize("hidden", [1024, 3072, 7168, 16384])
 def test_rows_come_home_whole_packed_or_not(
     open_group: OpenGroup, place: Place, rng: torch.Generator, hidden: int, num_sms: int
 ) -> None:
-    group = open_group(max_tokens=24, max_hidden=hidden, max_experts=64, max_topk=TOPK)
-    combines = Combines(group, place.num_ranks, rng)
+    combines = open_combines(open_group, place, rng, 24, hidden)
     sms = min(num_sms, combines.most_sms)
     for _ in range(2):
         home, words = combines.run(combines.all_send(24, hidden), [sms] * place.num_ranks)
@@ -106,8 +112,7 @@ def test_what_comes_with_packed_rows(
 ) -> None:
     """Biases, rows with a stride, weights or none, ranks with few tokens or none, ranks that pack
     beside ranks that do not."""
-    group = open_group(max_tokens=24, max_hidden=2048, max_experts=64, max_topk=TOPK)
-    combines = Combines(group, place.num_ranks, rng)
+    combines = open_combines(open_group, place, rng, 24, 2048)
     few, many = packing.LEAST_SMS - 1, combines.most_sms
     for turn in range(6):
         hidden = (1024, 2048)[turn % 2]
@@ -126,8 +131,7 @@ def test_what_comes_with_packed_rows(
 def test_nothing_is_packed(
     open_group: OpenGroup, place: Place, rng: torch.Generator, hidden: int, num_sms: int
 ) -> None:
-    group = open_group(max_tokens=16, max_hidden=hidden, max_experts=64, max_topk=TOPK)
-    combines = Combines(group, place.num_ranks, rng)
+    combines = open_combines(open_group, place, rng, 16, hidden)
     sms = min(num_sms, combines.most_sms)
     _, words = combines.run(combines.all_send(16, hidden), [sms] * place.num_ranks)
     assert all((one == programs.UNWRITTEN).all() for one in words)
@@ -137,8 +141,7 @@ def test_chunks_of_several_rows(open_group: OpenGroup, place: Place, rng: torch.
     """More rows from rank to rank than a combine has chunks: rows of both kinds in a chunk."""
     if place.num_ranks != 2:
         pytest.skip("two ranks have the most rows from one to another")
-    group = open_group(max_tokens=2600, max_hidden=1024, max_experts=64, max_topk=TOPK)
-    combines = Combines(group, 2, rng)
+    combines = open_combines(open_group, place, rng, 2600, 1024)
     home, words = combines.run(combines.all_send(2600, 1024), [combines.most_sms] * 2)
     assert min(len(one) for one in home) > 2048
     if place.backend == "cuda" and combines.most_sms >= packing.LEAST_SMS:

@@ -16,7 +16,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 # Modules that the document does not name stand with the part they belong to.
 LAYERS = (
     {"_C"},
-    {"errors", "env", "config", "current", "logs", "native"},
+    {"errors", "env", "config", "current", "logs", "native", "overlap"},
     {"world", "launch"},
     {"memory"},
     {"layout"},
