@@ -44,6 +44,13 @@ def fatal_error(fault: _C.Fault, budget_s: float) -> EpError:
         )
     if fault.code == _C.FAULT_COUNT:
         return _count_error(fault, where)
+    if fault.code == _C.FAULT_TERMS and fault.op in _NORMAL_OP:
+        return DesyncError(
+            f"rank {fault.peer} works at {where} with {_normal_terms(fault.seen)}, rank"
+            f" {fault.rank} with {_normal_terms(fault.expected)}: give every rank rows of the same"
+            " width and format, the same K (topk_weights on all ranks or none in a combine) and"
+            f" number of experts, also one without tokens; {_AFTER}"
+        )
     if fault.code == _C.FAULT_TERMS:
         return DesyncError(
             f"rank {fault.peer} works at {where} with {_terms(fault.seen)}, rank {fault.rank} with"
@@ -79,6 +86,14 @@ def _terms(word: int) -> str:
     names = {_C.WIRE_BF16: "bf16", _C.WIRE_FP8: "fp8", _C.WIRE_OPAQUE: "opaque"}
     with_weights = " that bring weights" if late else ""
     return f"rank mask {mask:#x} and {names.get(wire, 'unknown')} rows{with_weights}"
+
+
+def _normal_terms(word: int) -> str:
+    """As csrc/ep/normal.h packs them."""
+    width, scales = (word >> 1 & 0x7FFF) * 16, word >> 16 & 0xFFFF
+    topk, experts = word >> 32 & 0xFF, word >> 40 & 0xFFFF
+    of_experts = f", {experts} experts" if experts else ""
+    return f"rows of {width} bytes and {scales} scales, K={topk}{of_experts}"
 
 
 def _where(fault: _C.Fault) -> str:

@@ -33,8 +33,10 @@ struct PartSum {
 // terms of the sums (biases, then rows in rank order) part by part, as far ahead as there are
 // stages, each token's when all its rows have come.
 //
-// kWhole: all parts fill a stage, which spares a step a seventh of its instructions.
-template <bool kWhole>
+// kWhole: all parts fill a stage, which spares a step a seventh of its instructions. kUnpacks:
+// packed pieces are unpacked on the way from a stage to the sum; else, where only some other rank
+// packs, in the inbox, so that steps with few SMs have no instruction for it.
+template <bool kWhole, bool kUnpacks>
 struct Reducer {
     const CombineArgs& a;
     ReduceRing ring;
@@ -43,7 +45,7 @@ struct Reducer {
     Claims claims;
     Watch watch;
     uint64_t epoch;
-    const uint8_t* inbox;
+    uint8_t* inbox;
     InboxLayout at;  // in it
     Positions positions{};  // of the token to fetch next
     bool ok = true;
@@ -80,6 +82,20 @@ struct Reducer {
     __device__ __forceinline__ const uint8_t* row_at(int rank, int64_t row) const {
         return rank == a.group.rank() ? a.work.x + row * a.work.stride_bytes
                                       : inbox + row * 2 * a.work.hidden;
+    }
+    __device__ __forceinline__ void unpack_rows(Places& places) const {
+#pragma unroll
+        for (int j = 0; j < kRounds; ++j) {
+            unsigned left = __ballot_sync(kFullWarp, places.packed[j] != 0);
+#pragma unroll 1
+            while (left != 0) {
+                int from = 0;
+                const int64_t row = next_row(left, places.row[j], from);
+                const uint32_t packed = __shfl_sync(kFullWarp, places.packed[j], from);
+                unpack_row(inbox + row * 2 * a.work.hidden, packed, 2 * a.work.hidden);
+            }
+            places.packed[j] = 0;
+        }
     }
     // Lists the terms of `token`.
     __device__ __forceinline__ void list_terms(const Places& places) {
@@ -134,6 +150,7 @@ struct Reducer {
             }
             claims.take();
             look_up(claims[index + 1]);
+            if (kWhole && !kUnpacks) unpack_rows(places);
             list_terms(places);
             if (a.work.out_weights == nullptr) continue;
             reduce_weights(a, reinterpret_cast<const float*>(inbox + at.topk_weights), places,
@@ -150,7 +167,7 @@ struct Reducer {
     __device__ __forceinline__ void load_part(uintptr_t what) {
         const auto* row = reinterpret_cast<const uint8_t*>(what & ~uintptr_t{kRowMultiple - 1});
         const int piece = part / PackedPiece::kParts, p = part % PackedPiece::kParts;
-        if (!kWhole || (what >> piece & 1) == 0) {
+        if (!kUnpacks || (what >> piece & 1) == 0) {
             return ring.template load<kWhole>(row + offset_of(part), bytes_of(part) / 16);
         }
         row += static_cast<int64_t>(piece) * PackedPiece::kRawBytes;
@@ -174,9 +191,10 @@ struct Reducer {
 #pragma unroll 1
             for (int t = 0; t < count; ++t) {
                 load_next();
-                const bool packed = kWhole && ring.next_is_packed();
+                const bool packed = kUnpacks && ring.next_is_packed();
                 const uint8_t* stage = ring.await();
-                sum.add(packed ? unpack_part(stage) : LanePart::load(stage));
+                sum.add(packed ? unpack_part(stage, stage + 3 * ReduceRing::kStep)
+                               : LanePart::load(stage));
             }
             sum.template store<kWhole>(out + offset_of(p), bytes_of(p) / 16);
         }
@@ -198,7 +216,8 @@ __device__ __forceinline__ void combine(const CombineArgs& a, uint8_t* smem) {
     const CombineScratch scratch = CombineScratch::carve(smem, group.num_ranks());
     const uint64_t epoch = group.state->combined + 1;  // the last CTA moves it on
     if (blockIdx.x == 0 && warp_of() == 0) {
-        publish_credit(group, group.control.combine_credit_offset, {a.work.inbox_offset, 0, epoch});
+        publish_credit(group, group.control.combine_credit_offset,
+                       {a.work.inbox_offset, 0, epoch, a.terms()});
     }
     find_sources(a, scratch.sources);
     if (threadIdx.x < kSendWarps) {
@@ -215,8 +234,9 @@ __device__ __forceinline__ void combine(const CombineArgs& a, uint8_t* smem) {
             if (warp_of() == kFirstReducer) find_arrivals(a, scratch.arrivals);
             ptx::sync_some<2, 32 * kReduceWarps>();  // not the sending warps, which begin before
             const bool whole = a.parts.bytes == kReduceBytes && a.parts.last == kReduceBytes;
-            ok = whole ? Reducer<true>::start(a, scratch, epoch).run()
-                       : Reducer<false>::start(a, scratch, epoch).run();
+            ok = !whole    ? Reducer<false, false>::start(a, scratch, epoch).run()
+                 : a.packs ? Reducer<true, true>::start(a, scratch, epoch).run()
+                           : Reducer<true, false>::start(a, scratch, epoch).run();
         }
     }
     ptx::allow_next_kernel();  // not before: until then it would hold SMs that are not ours

@@ -19,14 +19,14 @@ struct Inboxes {
     // Waits for the source's credit, the first time. It cannot be of a later epoch: the source goes
     // on only with all rows, and some of them are this warp's. Whole warps; nullptr: gave up.
     __device__ __forceinline__ uint8_t* open(const Group& group, Watch& watch, int source,
-                                             int64_t bytes, uint64_t epoch) {
+                                             int64_t bytes, uint64_t terms, uint64_t epoch) {
         if (source == last) return at;
-        at = find(group, watch, source, bytes, epoch);
+        at = find(group, watch, source, bytes, terms, epoch);
         last = source;
         return at;
     }
     __device__ __forceinline__ uint8_t* find(const Group& group, Watch& watch, int source,
-                                             int64_t bytes, uint64_t epoch) {
+                                             int64_t bytes, uint64_t terms, uint64_t epoch) {
         int64_t known = 0;
 #pragma unroll
         for (int j = 0; j < kRounds; ++j) {  // values, not an index: registers have none
@@ -39,7 +39,9 @@ struct Inboxes {
         Credit found{};
         if (!await_credits(watch, credit, source, epoch, found)) return nullptr;
         bool ok = true;
-        if (lane_of() == 0) ok = check_credit(group, Op::kNormalCombine, source, found, bytes);
+        if (lane_of() == 0) {
+            ok = check_credit(group, Op::kNormalCombine, source, found, bytes, terms);
+        }
         if (__any_sync(kFullWarp, !ok)) return nullptr;
 #pragma unroll
         for (int j = 0; j < kRounds; ++j) {
@@ -213,7 +215,8 @@ struct ChunkSender {
             const Sent what = sent[ring.next_used];
             const Homeward home = scratch.sources[what.source];
             const auto layout = InboxLayout::make(home.in_inbox, a.work.hidden, a.work.topk);
-            uint8_t* inbox = inboxes.open(a.group, watch, what.source, layout.bytes, epoch);
+            uint8_t* inbox =
+                inboxes.open(a.group, watch, what.source, layout.bytes, a.terms(), epoch);
             if (inbox == nullptr) break;
             store_piece(what, home, inbox, layout, underway);
         }

@@ -144,7 +144,7 @@ __device__ __forceinline__ bool find_targets(const DispatchArgs& a, uint64_t epo
             const int64_t rows = min(found.rows, group.data_bytes);
             const auto layout =
                 BlockLayout::make(rows, a.rows.row_bytes, a.rows.num_scales, a.routes.topk);
-            ok = check_credit(group, Op::kNormalDispatch, r, found, layout.bytes);
+            ok = check_credit(group, Op::kNormalDispatch, r, found, layout.bytes, a.terms());
             uint8_t* block = group.data[r] + found.offset;
             targets[r] = {block, block + layout.x, rows, first, min(announced, rows)};
         }
@@ -224,7 +224,7 @@ __device__ __forceinline__ void dispatch(const DispatchArgs& a, uint8_t* smem) {
     const uint64_t epoch = group.state->dispatched + 1;  // the last CTA moves it on
     if (blockIdx.x == 0 && warp_of() == kSendWarps) {
         publish_credit(group, group.control.dispatch_credit_offset,
-                       {a.block_offset, a.block_rows, epoch});
+                       {a.block_offset, a.block_rows, epoch, a.terms()});
     }
     bool ok = may_run(group, Op::kNormalDispatch);
     if (ok) {

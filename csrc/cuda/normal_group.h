@@ -185,6 +185,11 @@ struct DispatchArgs {
     int64_t block_rows;
     BlockSize size;
     Group group;
+
+    EP_HD uint64_t terms() const {
+        return pack_terms(rows.row_bytes, rows.num_scales, routes.topk,
+                          local_experts * group.num_ranks());
+    }
 };
 struct CombineArgs {
     NormalCombine work;
@@ -194,6 +199,8 @@ struct CombineArgs {
     int32_t senders;  // warps of a CTA
     Pieces parts;  // as they are added
     Group group;
+
+    EP_HD uint64_t terms() const { return pack_terms(2LL * work.hidden, 0, work.topk, 0); }
 
     // Of a kernel of so many CTAs.
     static CombineArgs make(const NormalCombine& work, const NormalTables& tables, int ctas,

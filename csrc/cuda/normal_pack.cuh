@@ -21,6 +21,12 @@ struct LanePart {
         }
         return part;
     }
+    __device__ __forceinline__ void store(uint8_t* raw) const {
+#pragma unroll
+        for (int u = 0; u < kSteps; ++u) {
+            *reinterpret_cast<ptx::Vector*>(raw + u * PackedPiece::kStepBytes) = v[u];
+        }
+    }
 };
 
 // Channels two to a word, as they lie in a row. Exponents at bits 7 and 23.
@@ -161,10 +167,11 @@ __device__ __forceinline__ bool pack_piece(const uint8_t* raw, int parts, uint8_
     return true;
 }
 
-// What a lane loaded of a part: its three vectors of the body, then the header.
-__device__ __forceinline__ LanePart unpack_part(const uint8_t* mine) {
+// A part, from this lane's first vector of the body on.
+__device__ __forceinline__ LanePart unpack_part(const uint8_t* mine, const uint8_t* its_header) {
     const auto at = [&](int i) { return *reinterpret_cast<const uint4*>(mine + 512 * i); };
-    const uint4 first = at(0), second = at(1), codes = at(2), header = at(3);
+    const uint4 first = at(0), second = at(1), codes = at(2);
+    const uint4 header = *reinterpret_cast<const uint4*>(its_header);
     const PackedStep step[LanePart::kSteps] = {{{first.x, first.y}, codes.x},
                                                {{first.z, first.w}, codes.y},
                                                {{second.x, second.y}, codes.z},
@@ -173,7 +180,7 @@ __device__ __forceinline__ LanePart unpack_part(const uint8_t* mine) {
 #pragma unroll
     for (int u = 0; u < LanePart::kSteps; ++u) x[u] = step[u].words(header.x >> (8 * u) & 0xff);
     if ((header.y & 0xff) != 0) {  // the same on all lanes
-        const uint8_t* list = mine + 3 * 512 + PackedPiece::kFirstEscape;
+        const uint8_t* list = its_header + PackedPiece::kFirstEscape;
         int place = 0;
 #pragma unroll
         for (int u = 0; u < LanePart::kSteps; ++u) {
@@ -189,6 +196,23 @@ __device__ __forceinline__ LanePart unpack_part(const uint8_t* mine) {
 #pragma unroll
     for (int u = 0; u < LanePart::kSteps; ++u) part.v[u] = x[u].vector();
     return part;
+}
+
+// A row whose pieces are packed as the bits say, in its place. From its end: what is written never
+// lies over what is still to be read.
+__device__ __forceinline__ void unpack_row(uint8_t* row, uint32_t packed, int row_bytes) {
+    const int mine = 16 * static_cast<int>(threadIdx.x & 31);
+#pragma unroll 1
+    for (int part = row_bytes / PackedPiece::kRawPart - 1; part >= 0; --part) {
+        const int piece = part / PackedPiece::kParts, p = part % PackedPiece::kParts;
+        if ((packed >> piece & 1) == 0) continue;
+        uint8_t* at = row + static_cast<int64_t>(piece) * PackedPiece::kRawBytes;
+        const LanePart raw =
+            unpack_part(at + PackedPiece::body(p) + mine, at + PackedPiece::header(p));
+        __syncwarp();  // all have loaded
+        raw.store(at + p * PackedPiece::kRawPart + mine);
+        __syncwarp();
+    }
 }
 
 }  // namespace ep::normal

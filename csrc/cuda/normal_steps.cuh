@@ -47,9 +47,14 @@ __device__ __forceinline__ bool await_words(Watch& watch, const uint64_t* word, 
     return await_words(watch, word, peer, epoch, no_flags);
 }
 
-// A peer's offset is where we write: never beyond its heap. False: recorded.
+// A peer's offset is where we write: never beyond its heap, and laid out as it expects. False:
+// recorded.
 __device__ __forceinline__ bool check_credit(const Group& group, Op op, int peer,
-                                             const Credit& credit, int64_t bytes) {
+                                             const Credit& credit, int64_t bytes, uint64_t terms) {
+    if (credit.terms != 0 && credit.terms != terms) {
+        fail(group.waits, FaultCode::kTerms, op, peer, terms, credit.terms);
+        return false;
+    }
     const bool ok = credit.offset >= 0 && credit.offset % kLine == 0 && credit.rows >= 0 &&
                     credit.offset <= group.data_bytes && bytes >= 0 &&
                     bytes <= group.data_bytes - credit.offset;
@@ -67,7 +72,12 @@ __device__ __forceinline__ void publish_credit(const Group& group, int64_t offse
                                                const Credit& mine) {
     const int v = lane_of() & 7;
     const auto first = static_cast<uint64_t>(mine.offset), rows = static_cast<uint64_t>(mine.rows);
-    const ptx::Vector vector{v == 0 ? first : v == 1 ? mine.epoch : 0, v == 0 ? rows : 0};
+    const ptx::Vector vector{v == 0   ? first
+                             : v == 1 ? mine.epoch
+                                      : 0,
+                             v == 0   ? rows
+                             : v == 1 ? mine.terms
+                                      : 0};
 #pragma unroll 1
     for (int r = lane_of() >> 3; r < group.num_ranks(); r += 4) {
         auto* line = reinterpret_cast<uint8_t*>(group.credit(offset, r, group.rank()));
@@ -81,6 +91,7 @@ __device__ __forceinline__ void publish_credit(const Group& group, int64_t offse
 __device__ __forceinline__ bool await_credits(Watch& watch, const Credit* credit, int peer,
                                               uint64_t epoch, Credit& found) {
     static_assert(offsetof(Credit, rows) == 8 && offsetof(Credit, epoch) == 16);
+    static_assert(offsetof(Credit, terms) == 24);
     const bool has_epoch = (lane_of() & 1) != 0;
     const uint8_t* half = reinterpret_cast<const uint8_t*>(credit) + (has_epoch ? 16 : 0);
     ptx::Vector v{0, 0};
@@ -93,6 +104,7 @@ __device__ __forceinline__ bool await_credits(Watch& watch, const Credit* credit
     }
     found.offset = static_cast<int64_t>(__shfl_sync(kFullWarp, v.lo, lane_of() & ~1));
     found.rows = static_cast<int64_t>(__shfl_sync(kFullWarp, v.hi, lane_of() & ~1));
+    found.terms = __shfl_sync(kFullWarp, v.hi, lane_of() | 1);
     return true;
 }
 
@@ -236,18 +248,19 @@ struct CopyRing {
         } else if (num_vectors != 0) {
             ptx::start_four_copies(to, from + 16 * lane_of());
         }
-        loaded(false);
+        loaded();
+        packed <<= 1;
     }
     // A packed part: every lane gets the header.
     __device__ __forceinline__ void load_packed(const uint8_t* body, const uint8_t* header) {
         ptx::start_packed_copies(stages + filling * kBytes + 16 * lane_of(), body + 16 * lane_of(),
                                  header);
-        loaded(true);
+        loaded();
+        packed = packed << 1 | 1;
     }
-    __device__ __forceinline__ void loaded(bool is_packed) {
+    __device__ __forceinline__ void loaded() {
         ptx::commit_copies();
         filling = filling + 1 == kStages ? 0 : filling + 1;
-        packed = packed << 1 | (is_packed ? 1 : 0);
     }
     // What await() gives next. Asked when the loads that come before it have started.
     __device__ __forceinline__ bool next_is_packed() const { return (packed >> kAhead & 1) != 0; }

@@ -40,7 +40,16 @@ struct Credit {
     int64_t offset;  // in the owner's data heap
     int64_t rows;    // of the block; unused in combine
     uint64_t epoch;
+    uint64_t terms;  // pack_terms(); 0 where rows cross nodes by puts, which have their own checks
 };
+
+// What all ranks of an operation have to agree on, as both sides lay out a block or an inbox by it.
+// Whether arrays are given is no part of it: those of a rank without tokens have no address.
+EP_HD uint64_t pack_terms(int64_t row_bytes, int num_scales, int topk, int num_experts) {
+    return 1 | static_cast<uint64_t>(row_bytes / kRowMultiple) << 1 |
+           static_cast<uint64_t>(num_scales) << 16 | static_cast<uint64_t>(topk) << 32 |
+           static_cast<uint64_t>(num_experts) << 40;
+}
 
 // Every word that peers write and this rank waits for. Tags are epochs of the operation; they are
 // never reset. One writer each: the rank that the index names.

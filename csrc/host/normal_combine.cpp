@@ -31,7 +31,9 @@ void NormalRank::combine(const NormalCombine& work, const NormalTables& tables) 
     require_block(work.inbox_offset, InboxLayout::make(rows, work.hidden, work.topk).bytes,
                   "inbox");
     const uint64_t epoch = state_->combined + 1;
-    publish_credit(control_.combine_credit_offset, {work.inbox_offset, rows, epoch});
+    publish_credit(
+        control_.combine_credit_offset,
+        {work.inbox_offset, rows, epoch, normal::pack_terms(2LL * work.hidden, 0, work.topk, 0)});
     Waiter waiter(context_, kCombine, epoch);
     for (int i = 1; i < num_ranks; ++i) {
         const int s = (me + i) % num_ranks;
@@ -56,7 +58,8 @@ bool NormalRank::send_back(const NormalCombine& work, const int32_t* rank_prefix
     const int64_t row_bytes = 2LL * work.hidden;
     const auto layout =
         InboxLayout::make(inbox_row(rank_prefix, source, num_ranks), work.hidden, work.topk);
-    if (!fits(granted, layout.bytes, kCombine, source)) return false;
+    const uint64_t terms = normal::pack_terms(row_bytes, 0, work.topk, 0);
+    if (!fits(granted, layout.bytes, terms, kCombine, source)) return false;
     uint8_t* inbox = data_[source] + granted.offset;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t row = work.row(from + i);

@@ -145,7 +145,9 @@ void NormalRank::dispatch(const NormalRows& rows, const NormalRoutes& routes, in
         const int32_t received = normal::tokens_to(tables.rank_prefix, num_ranks, me);
         pad_block(routes, block, block_offset, received, block_rows);
     }
-    publish_credit(control_.dispatch_credit_offset, {block_offset, block_rows, epoch});
+    publish_credit(control_.dispatch_credit_offset,
+                   {block_offset, block_rows, epoch,
+                    normal::pack_terms(rows.row_bytes, rows.num_scales, routes.topk, num_experts)});
     Waiter waiter(context_, kDispatch, epoch);
     for (int i = 0; i < num_ranks; ++i) {
         const int d = (me + i) % num_ranks;  // not all to rank 0 first
@@ -177,7 +179,8 @@ bool NormalRank::send_rows(const NormalRows& rows, const NormalRoutes& routes, i
     const int topk = routes.topk;
     const int64_t first_expert = static_cast<int64_t>(destination) * local_experts;
     const auto layout = BlockLayout::make(granted.rows, rows.row_bytes, rows.num_scales, topk);
-    if (!fits(granted, layout.bytes, kDispatch, destination)) return false;
+    const uint64_t terms = normal::pack_terms(rows.row_bytes, rows.num_scales, topk, num_experts);
+    if (!fits(granted, layout.bytes, terms, kDispatch, destination)) return false;
     uint8_t* block = data_[destination] + granted.offset;
     const int me = context_.rank;
     const int64_t base = normal::tokens_before(tables.rank_prefix, num_ranks, me, destination);

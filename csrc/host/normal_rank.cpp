@@ -99,12 +99,18 @@ void NormalRank::publish_credit(int64_t offset, const Credit& mine) const {
         Credit* line = credit(offset, r, context_.rank);
         line->offset = mine.offset;
         line->rows = mine.rows;
+        line->terms = mine.terms;
         store_release(&line->epoch, mine.epoch);  // acquired by that rank's Waiter::wait
     }
 }
 
-// A peer's offset: never beyond the heap that we write to.
-bool NormalRank::fits(const Credit& granted, int64_t bytes, Where where, int owner) const {
+// A peer's offset: never beyond the heap that we write to, and laid out as it expects.
+bool NormalRank::fits(const Credit& granted, int64_t bytes, uint64_t terms, Where where,
+                      int owner) const {
+    if (granted.terms != 0 && granted.terms != terms) {
+        fail(context_, where, FaultCode::kTerms, owner, terms, granted.terms);
+        return false;
+    }
     if (granted.offset >= 0 && granted.offset <= data_bytes_ &&
         bytes <= data_bytes_ - granted.offset) {
         return true;

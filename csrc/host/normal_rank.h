@@ -43,7 +43,8 @@ class NormalRank {
     void publish_credit(int64_t offset, const normal::Credit& credit) const;
     void require_block(int64_t offset, int64_t bytes, const char* what) const;
 
-    bool fits(const normal::Credit& granted, int64_t bytes, Where where, int owner) const;
+    bool fits(const normal::Credit& granted, int64_t bytes, uint64_t terms, Where where,
+              int owner) const;
 
     bool place_tokens(const NormalLayout& layout, int64_t num_tokens, int32_t* send_position) const;
     void pad_block(const NormalRoutes& routes, const normal::BlockLayout& block, int64_t offset,

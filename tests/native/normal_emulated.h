@@ -20,7 +20,7 @@ namespace {
 struct Test {
     Sizes s;
     int grid;
-    int combine_as;
+    int combine_as[2];  // rank 0, others
     std::mt19937 random;
     World device{s}, host{s};
     std::vector<normal::Group> groups;
@@ -28,8 +28,8 @@ struct Test {
     uint64_t dispatched = 0;
     int packed = 0, raw = 0;  // rows of combines that pack
 
-    Test(const Sizes& sizes, int num_ctas, int as_of, unsigned seed)
-        : s(sizes), grid(num_ctas), combine_as(as_of), random(seed) {
+    Test(const Sizes& sizes, int num_ctas, int as_of, int others, unsigned seed)
+        : s(sizes), grid(num_ctas), combine_as{as_of, others}, random(seed) {
         for (int r = 0; r < s.num_ranks; ++r) {
             groups.push_back(normal::Group::make(
                 s.num_ranks, r, s.num_experts, device.controls.data(), device.datas.data(),
@@ -99,7 +99,8 @@ struct Test {
                 [=](uint8_t* smem) { normal::dispatch(args, smem); }};
     }
     emulator::Launch combine_kernel(int r, const NormalCombine& work, Tables& t) {
-        const auto args = normal::CombineArgs::make(work, t.tables(), combine_as, groups[r]);
+        const auto args =
+            normal::CombineArgs::make(work, t.tables(), combine_as[r != 0], groups[r]);
         return {grid, normal::kCombineThreads, normal::CombineScratch::bytes(s.num_ranks),
                 [=](uint8_t* smem) { normal::combine(args, smem); }};
     }
@@ -221,18 +222,24 @@ struct Test {
         }
     }
 
-    // What ranks' inboxes say of the rows that came home.
+    // What ranks' inboxes say of the rows that came home from ranks that pack.
     void count_packed(const Tables& tables) {
-        if (!normal::packs_rows(combine_as, s.row_bytes)) return;
+        const int32_t* prefix = tables.prefix.data();
         for (int r = 0; r < s.num_ranks; ++r) {
             int rows = 0;
             for (int d = 0; d < s.num_ranks; ++d) {
-                if (d != r) rows += normal::tokens_between(tables.prefix.data(), s.num_ranks, r, d);
+                if (d != r) rows += normal::tokens_between(prefix, s.num_ranks, r, d);
             }
             const uint8_t* inbox = device.data[r].get() + normal::kLine + s.block_bytes();
-            const auto* words = reinterpret_cast<const uint32_t*>(
+            const auto* word = reinterpret_cast<const uint32_t*>(
                 inbox + InboxLayout::make(rows, s.hidden(), s.topk).packed);
-            for (int i = 0; i < rows; ++i) ++(words[i] == 0 ? raw : packed);
+            for (int d = 0; d < s.num_ranks; ++d) {
+                if (d == r) continue;
+                const int count = normal::tokens_between(prefix, s.num_ranks, r, d);
+                const bool packs = normal::packs_rows(combine_as[d != 0], s.row_bytes);
+                for (int i = 0; packs && i < count; ++i) ++(word[i] == 0 ? raw : packed);
+                word += count;
+            }
         }
     }
 

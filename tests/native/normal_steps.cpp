@@ -1,9 +1,9 @@
 // The CUDA steps of the normal operations, emulated, beside the host backend: same inputs, same
 // bytes.
 //
-//   normal_steps RANKS EXPERTS ROW_BYTES SCALES TOPK TOKENS CTAS AS_OF SEED
+//   normal_steps RANKS EXPERTS ROW_BYTES SCALES TOPK TOKENS CTAS AS_OF OTHERS SEED
 //
-// A combine sends as one of AS_OF CTAs would.
+// A combine works as one of AS_OF CTAs would on rank 0, and of OTHERS on the other ranks.
 //
 // Rounds of layout, notify, dispatch and combine with other tokens on every rank, entries that are
 // missing, out of range or repeated, and a rank that never comes at the end.
@@ -15,7 +15,7 @@ constexpr int kRoundsHere = 3;
 
 // A fresh group whose tables say that one rank's block is too small by `missing` rows.
 void check_small_block(const Sizes& s, int grid) {
-    Test test(s, grid, grid, 5);
+    Test test(s, grid, grid, grid, 5);
     std::vector<Input> inputs;
     std::vector<Tables> tables(static_cast<size_t>(s.num_ranks), Tables(s));
     for (int r = 0; r < s.num_ranks; ++r) {
@@ -59,7 +59,7 @@ void check_small_block(const Sizes& s, int grid) {
 // A rank that announces what no rank can have: everybody names it, and takes nothing of it.
 void check_damaged_counts(const Sizes& s, int grid) {
     for (const int32_t damaged : {-1, normal::kMaxTokensPerRank + 1}) {
-        Test test(s, grid, grid, 3);
+        Test test(s, grid, grid, grid, 3);
         const int culprit = s.num_ranks - 1;
         std::vector<Input> inputs;
         std::vector<Tables> tables(static_cast<size_t>(s.num_ranks), Tables(s));
@@ -94,7 +94,7 @@ void check_damaged_counts(const Sizes& s, int grid) {
 // A rank that never comes: the others name it, tell each other, and end; so does what follows.
 void check_absent_rank(const Sizes& s, int grid) {
     for (const Op op : {Op::kNormalNotify, Op::kNormalDispatch, Op::kNormalCombine}) {
-        Test test(s, grid, grid, 1);
+        Test test(s, grid, grid, grid, 1);
         const int absent = s.num_ranks - 1;
         std::vector<Input> inputs;
         std::vector<Tables> tables(static_cast<size_t>(s.num_ranks), Tables(s));
@@ -150,11 +150,11 @@ void check_absent_rank(const Sizes& s, int grid) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    CHECK(argc == 10);
+    CHECK(argc == 11);
     const auto argument = [&](int i) { return std::atoi(argv[i]); };
     const Sizes sizes{argument(1), argument(2), argument(3), argument(4), argument(5), argument(6)};
     const int grid = argument(7);
-    Test test(sizes, grid, argument(8), static_cast<unsigned>(argument(9)));
+    Test test(sizes, grid, argument(8), argument(9), static_cast<unsigned>(argument(10)));
     for (int i = 0; i < kRoundsHere; ++i) test.round(i);
     test.compare_state(kRoundsHere);
     if (sizes.num_ranks > 1 && sizes.num_ranks < 6 && test.packed + test.raw == 0) {

@@ -320,7 +320,7 @@ void check_damaged_credit(Group* group, Rank* rank, int index) {
         // In rank 0's heap, rank 1's word for the next epoch, with an offset of its own.
         auto* credit = reinterpret_cast<ep::normal::Credit*>(
             group->control[0].get() + control.dispatch_credit_offset + ep::normal::kLine);
-        *credit = {kDataBytes - 64, kMostRows, self.state().dispatched + 1};
+        *credit = {kDataBytes - 64, kMostRows, self.state().dispatched + 1, 0};
     }
     group->meet();
     if (index != 1) rank->send(kMostRows, 0, false);

@@ -45,23 +45,25 @@ def test_steps_give_the_host_backends_bytes(
     tokens: int,
     ctas: int,
 ) -> None:
-    sizes = (num_ranks, num_experts, row_bytes, num_scales, topk, tokens, ctas, ctas)
+    sizes = (num_ranks, num_experts, row_bytes, num_scales, topk, tokens, ctas, ctas, ctas)
     assert run(program, sizes) == AGREE
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "row_bytes", "tokens", "as_of"),
+    ("num_ranks", "row_bytes", "tokens", "as_of", "others"),
     [
-        pytest.param(3, 14336, 30, 32, id="packed by four warps a CTA"),
-        pytest.param(2, 32768, 40, 64, id="packed by two warps a CTA"),
-        pytest.param(4, 2048, 40, 112, id="packed by one warp a CTA"),
-        pytest.param(2, 2048, 3500, 32, id="chunks of several rows, packed or not"),
+        pytest.param(3, 14336, 30, 32, 32, id="packed by four warps a CTA"),
+        pytest.param(2, 32768, 40, 64, 64, id="packed by two warps a CTA"),
+        pytest.param(4, 2048, 40, 112, 112, id="packed by one warp a CTA"),
+        pytest.param(2, 2048, 3500, 32, 32, id="chunks of several rows, packed or not"),
+        pytest.param(3, 14336, 30, 3, 32, id="a rank that does not pack"),
+        pytest.param(3, 32768, 30, 32, 3, id="a rank that packs"),
     ],
 )
 def test_packed_rows_add_up_to_the_same_bytes(
-    program: Path, num_ranks: int, row_bytes: int, tokens: int, as_of: int
+    program: Path, num_ranks: int, row_bytes: int, tokens: int, as_of: int, others: int
 ) -> None:
-    sizes = (num_ranks, 2 * num_ranks, row_bytes, 0, 3, tokens, 3, as_of)
+    sizes = (num_ranks, 2 * num_ranks, row_bytes, 0, 3, tokens, 3, as_of, others)
     said = run(program, sizes)
     assert said.startswith(AGREE)
     packed, raw = map(int, said.removeprefix(AGREE).split())
