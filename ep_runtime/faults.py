@@ -53,9 +53,10 @@ def fatal_error(fault: _C.Fault, budget_s: float) -> EpError:
         )
     if fault.code == _C.FAULT_TERMS:
         return DesyncError(
-            f"rank {fault.peer} works at {where} with {_terms(fault.seen)}, rank {fault.rank} with"
-            f" {_terms(fault.expected)}: give every rank the same mask, format and way of passing"
-            f" topk_weights (with the dispatch, or with the combine); {_AFTER}"
+            f"rank {fault.peer} works at {where} with {_terms(fault, fault.seen)}, rank"
+            f" {fault.rank} with {_terms(fault, fault.expected)}: give every rank the same mask,"
+            f" formats, way of passing topk_weights (with the dispatch, or with the combine) and, in"
+            f" a combine, the handle of the same dispatch; {_AFTER}"
         )
     return DesyncError(f"unknown fault code {fault.code} at {where}; {_AFTER}")
 
@@ -79,13 +80,17 @@ def _count_error(fault: _C.Fault, where: str) -> DesyncError:
     )
 
 
-def _terms(word: int) -> str:
-    """What ranks agree on: the mask's digest (of up to 32 ranks the mask itself), the format of
-    rows, and whether weights come with a combine."""
-    mask, wire, late = word & 0xFFFFFFFF, word >> 32 & 0xFF, word >> 40 & 1
+def _terms(fault: _C.Fault, word: int) -> str:
+    """What ranks agree on, as csrc/ep/state.h packs it: the mask's digest (of up to 32 ranks the
+    mask itself), how rows travel, and of a combine whether it brings weights and its dispatch."""
+    mask, wire = word & 0xFFFFFFFF, word >> 32 & 0xFF
+    rounded, late, dispatched = word >> 40 & 1, word >> 41 & 1, word >> 48
     names = {_C.WIRE_BF16: "bf16", _C.WIRE_FP8: "fp8", _C.WIRE_OPAQUE: "opaque"}
-    with_weights = " that bring weights" if late else ""
-    return f"rank mask {mask:#x} and {names.get(wire, 'unknown')} rows{with_weights}"
+    rows = f"rank mask {mask:#x} and {names.get(wire, 'unknown')} rows"
+    if fault.op == _C.OP_COMBINE:
+        of = f", of dispatch {dispatched}"  # its low 16 bits
+        return f"{rows}{' that bring weights' if late else ''}{of}"
+    return f"{rows} with power-of-two scales" if rounded else rows
 
 
 def _normal_terms(word: int) -> str:
@@ -116,8 +121,8 @@ def _told(fault: _C.Fault, where: str) -> EpError:
         _C.FAULT_COUNT: f"found more than there is room for, from or for rank {fault.peer}"
         if fault.op in _NORMAL_OP
         else f"got impossible counts from rank {fault.peer}",
-        _C.FAULT_TERMS: f"found rank {fault.peer} with another rank mask or format, or its weights"
-        " elsewhere",
+        _C.FAULT_TERMS: f"found rank {fault.peer} with another rank mask, format or handle, or its"
+        " weights elsewhere",
     }.get(fault.seen, f"failed with code {fault.seen}")
     return DesyncError(
         f"rank {fault.rank} {cause} and told this rank, which left {where}; look at rank"

@@ -13,6 +13,7 @@ class Handle:
 
     It is good until the receive tensors of its dispatch are used again: those of the chain by the
     chain's next dispatch, others (`Buffer.new_receive`) by the next dispatch that is given them.
+    `Buffer.reset()` ends all: what a dispatch before it left may be unfinished.
 
     owner            the Buffer's identity
     chain            the chain that the dispatch was on; its combines go there too
@@ -23,6 +24,7 @@ class Handle:
     late_weights     the dispatch had no topk_weights: every combine brings them
     routing          uint8: which token went where, which row came from where
     uses             the receive tensors' counter, and what it showed at the dispatch
+    resets           the same for the Buffer's resets
     """
 
     owner: object
@@ -34,16 +36,18 @@ class Handle:
     routing: torch.Tensor
     uses: Uses
     use: int
+    resets: Uses
+    reset: int
 
     @property
     def stale(self) -> bool:
-        """True if a later dispatch has used the same receive tensors."""
-        return self.uses.count != self.use
+        """True if a later dispatch has used the same receive tensors, or after a reset()."""
+        return self.uses.count != self.use or self.resets.count != self.reset
 
 
 @dataclass(slots=True)
 class Uses:
-    """How many dispatches have used some receive tensors."""
+    """How many dispatches have used some receive tensors, or how often a Buffer was reset."""
 
     count: int = 0
 

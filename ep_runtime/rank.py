@@ -12,7 +12,7 @@ import torch
 from ep_runtime import env
 from ep_runtime.config import DispatchFormat, EpConfig, ScaleFormat
 from ep_runtime.errors import ConfigError
-from ep_runtime.handles import Received, StepStats
+from ep_runtime.handles import Received, StepStats, Uses
 from ep_runtime.layout import layout_of, shape_of
 from ep_runtime.masks import Masks
 from ep_runtime.member import Closed, Member
@@ -62,6 +62,7 @@ class Rank(Masks, Member):
         self._ops: Ops = make_ops(config, self.rank, memory, device)
         self._checker = Checker(config, self.num_ranks, device, self._identity)
         self._shape = shape_of(config, self.num_ranks)
+        self._resets = Uses()
         self._inboxes = [self._receive(zeroed=True) for _ in range(config.num_chains)]
         # Sends that were not waited for.
         self._open: dict[tuple[OpName, int], Pending[Received] | Pending[torch.Tensor]] = {}
@@ -139,6 +140,7 @@ class Rank(Masks, Member):
                 self.num_ranks,
                 self.device,
                 self._identity,
+                self._resets,
                 wanted,
                 scaled,
                 column_major_scales,
@@ -195,7 +197,8 @@ class Rank(Masks, Member):
 
         Ranks of processes meet before and after, but those that are masked; virtual ranks are reset
         one by one, all of them before the next operation. Masks stay. What was sent and not waited
-        for is dropped: its wait() raises SequenceError. Raises PeerTimeout if a rank does not come
+        for is dropped: its wait() raises SequenceError, as does a combine with a handle from before.
+        Raises PeerTimeout if a rank does not come
         (call it again on every rank, with no operation in between, or mask that one on all others
         first), ConfigError if ranks have different masks.
         """
@@ -206,6 +209,7 @@ class Rank(Masks, Member):
         self._ops.native.reset()
         _C.clear_faults(self._fault)
         self._routing_told = 0
+        self._resets.count += 1
         # Their wait() would wait for what nobody sends, or take what is sent from now on.
         for pending in self._open.values():
             pending.drop()

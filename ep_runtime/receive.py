@@ -56,6 +56,7 @@ class ReceiveBuffer:
             expected_tokens=expected_tokens,
             late_weights=late_weights,
             use=self._uses.count + 1,
+            reset=own.resets.count,
         )
 
     def take(self) -> None:
@@ -106,6 +107,7 @@ def allocate_receive(
     num_ranks: int,
     device: torch.device,
     owner: object,
+    resets: Uses,
     dispatch_format: DispatchFormat,
     scale_format: ScaleFormat,
     column_major_scales: bool,
@@ -139,7 +141,7 @@ def allocate_receive(
         num_messages=make(num_ranks, dtype=torch.int32, device=device),
         source_token=tensor(batched, (experts, rows), torch.int32),
         layout_range=tensor(batched, (experts, num_ranks), torch.int64),
-        handle=Handle(owner, 0, 0, None, 0, False, routing, uses, -1),
+        handle=Handle(owner, 0, 0, None, 0, False, routing, uses, -1, resets, -1),
     )
     into = ReceiveBuffer(
         dispatch_format=dispatch_format,

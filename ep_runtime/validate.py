@@ -126,8 +126,8 @@ class Checker:
         if handle.stale:
             raise SequenceError(
                 f"the handle (chain {handle.chain}, {handle.num_rows} rows) is stale: a later"
-                " dispatch has used its receive tensors; combine before that, or give each"
-                " dispatch its own with out=buffer.new_receive()"
+                " dispatch has used its receive tensors, or reset() has dropped it; combine before"
+                " that, or give each dispatch its own with out=buffer.new_receive()"
             )
         if topk_weights is not None:
             if not handle.late_weights:

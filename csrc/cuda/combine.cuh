@@ -98,12 +98,13 @@ struct FirstItem {
 };
 
 // Calls each(item, ref) for a warp's share of what is to be sent, until that says false: it gave
-// up. `next`: has loaded the first. Rows of an item are asked for an item ahead.
+// up. `next`: has loaded the first. Rows of an item are asked for an item ahead. Whole warps.
 template <OwnRows kOwn, class Each>
 __device__ __forceinline__ void each_item(const View& view, const CombineInput& in,
                                           const Turn& turn, Share share, FirstItem next,
                                           Each each) {
     if (kOwn == OwnRows::kDirect && view.num_ranks == 1) return;
+    if (__any_sync(kFullWarp, turn.given_up)) return;
     const int most = next.most_received(view, in.routing);
 #pragma unroll 1
     for (int i = share.first; next.item.slot < most;) {
@@ -201,6 +202,7 @@ template <class Unit, OwnRows kOwn, Weights kWeights>
 __device__ __forceinline__ void receive_sums(const View& view, const CombineInput& in,
                                              const CombineOutput& out, const Turn& turn,
                                              Share share, int part) {
+    if (__any_sync(kFullWarp, turn.given_up)) return;
     const CombineTokens tokens = combine_tokens(view, out);
     Watch watch{view, Op::kCombine};
 #pragma unroll 1

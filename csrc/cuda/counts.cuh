@@ -147,13 +147,13 @@ __device__ __noinline__ inline void note_ranges(const View& view, const RecvTarg
 
 // CTA 0: every source must work under this rank's terms. A difference ends the group, and every
 // wait that may not be served ends with it.
-__device__ __forceinline__ void check_terms(const View& view, Wire wire, Absent absent, int source,
+__device__ __forceinline__ void check_terms(const View& view, RowTerms rows, Absent absent, int source,
                                             RecvScratch scratch) {
     const uint32_t mask = absent.digest(view);
     const uint32_t theirs = scratch.word(view, source, RecvScratch::byte_of(CountsLayout::kTerms));
-    if (theirs == mix_terms(mask, wire) || absent.leaves_out(view, source)) return;
-    fail(view, FaultCode::kTerms, Op::kDispatch, source, pack_terms(mask, wire),
-         unmix_terms(theirs, mask, wire));
+    if (suits(theirs, mask, rows) || absent.leaves_out(view, source)) return;
+    fail(view, FaultCode::kTerms, Op::kDispatch, source, dispatch_terms(mask, rows),
+         unmix_terms(theirs, mask, rows));
 }
 
 // The same for what it counts, which must be within the inbox.
@@ -168,18 +168,19 @@ __device__ __forceinline__ uint32_t checked_word(const View& view, int source, i
 
 // CTA 0 tells the caller, and the statistics, what came. All threads; the router has the messages.
 __device__ __forceinline__ void report_counts(const View& view, const RecvTarget& target,
-                                              Absent absent, RecvScratch scratch) {
+                                              const Turn& turn, RecvScratch scratch) {
     const bool routes = this_warp() == kRouter;
     const int count = routes ? view.num_ranks : view.local_experts;
     const int first = routes ? static_cast<int>(threadIdx.x & 31) : send_thread();
     const int step = routes ? 32 : kRowThreads;
     if (this_warp() == kClerk) return;
+    if (routes && first == 0) *target.routing.dispatched = turn.epoch;
 #pragma unroll 1
     for (int base = 0; base < count; base += step) {
         const int i = base + first;
         uint32_t sum = 0;
         if (routes && i < count) {
-            check_terms(view, target.wire, absent, i, scratch);
+            check_terms(view, target.rows(), turn.absent, i, scratch);
             sum = checked_word(view, i, CountsLayout::kMessages, scratch);
             target.routing.received[i] = target.num_messages[i] = static_cast<int32_t>(sum);
         } else if (i < count) {

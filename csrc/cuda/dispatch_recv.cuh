@@ -113,7 +113,7 @@ __device__ __forceinline__ bool keep_books(const View& view, const RecvTarget& t
     const bool have_read = advances && all_have_read(readers);
     if (!all_found(ok, scratch)) return false;
     if (advances) advance(view.state->dispatched, readers, turn.epoch, have_read);
-    report_counts(view, target, turn.absent, scratch);
+    report_counts(view, target, turn, scratch);
     return true;
 }
 

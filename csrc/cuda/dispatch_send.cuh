@@ -42,10 +42,10 @@ __device__ __forceinline__ int valid_tokens(const View& view, const SendInput& i
 }
 
 // All threads but the clerk's. The terms' word is zero in shared memory: it goes in on the way.
-__device__ __forceinline__ void push_counts(const View& view, Wire wire, const Turn& turn,
+__device__ __forceinline__ void push_counts(const View& view, RowTerms rows, const Turn& turn,
                                             RouteCounts counts) {
     static_assert(CountsLayout::kTerms == 1);
-    const uint64_t terms = uint64_t{mix_terms(turn.absent.digest(view), wire)} << 32;
+    const uint64_t terms = uint64_t{mix_terms(turn.absent.digest(view), rows)} << 32;
     const uint64_t epoch = turn.epoch;
     const int64_t slot = view.counts_out + (epoch & 1) * view.num_ranks * view.counts_stride;
     const int granules = view.counts_words / 2;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void push_counts(const View& view, Wire wire, const T
 __device__ __forceinline__ void announce_counts(const View& view, const SendInput& in,
                                                 const Turn& turn, int num_tokens,
                                                 SendScratch scratch) {
-    push_counts(view, in.wire, turn, scratch.counts);
+    push_counts(view, in.rows(), turn, scratch.counts);
     // Padding rows went nowhere: combine must not look for them.
     const int padded = min(in.num_tokens, view.max_tokens) * view.num_ranks;
 #pragma unroll 1

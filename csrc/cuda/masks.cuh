@@ -54,6 +54,7 @@ static_assert(RankMask::kWords == 2);
 struct Turn {
     uint64_t epoch;
     Absent absent;
+    bool given_up;  // this rank, in an operation before: what its dispatch left may be unfinished
 };
 
 }  // namespace ep

@@ -90,6 +90,7 @@ struct SendInput {
     const int32_t* num_valid;  // device scalar; nullptr: all rows are real
     Routing routing;
 
+    EP_HD RowTerms rows() const { return {wire, wire == Wire::kFp8 && round_scale}; }
     EP_HD int expert(int64_t entry) const {
         if (idx_bytes == 4) return static_cast<const int32_t*>(topk_idx)[entry];
         const int64_t wide = static_cast<const int64_t*>(topk_idx)[entry];
@@ -124,6 +125,8 @@ struct RecvTarget {
     int32_t* cumulative_count;  // [L] += recv_count
     int64_t* wait_ns;        // [R] += nanoseconds that each source kept this rank waiting
     Routing routing;
+
+    EP_HD RowTerms rows() const { return {wire, wire == Wire::kFp8 && scales.ue8m0}; }
 };
 
 // The rows a combine sends home, BF16, as the receive laid them out. `wire`: how their sums travel;

@@ -190,6 +190,7 @@ struct alignas(8) RowRef {
 // What a dispatch leaves for the combines of its handle, in memory of the handle's own.
 struct RoutingLayout {
     int64_t received;  // int32 [R]: messages received from each source
+    int64_t dispatched;  // uint64: the dispatch's epoch
     int64_t sent;      // int32 [M][R]: slot of token t at rank d, or -1
     int64_t refs;      // RowRef [R*M][K], in k order, ended by row -1
     int64_t bytes;
@@ -197,7 +198,8 @@ struct RoutingLayout {
     static EP_HD RoutingLayout make(const Shape& s) {
         RoutingLayout r{};
         r.received = 0;
-        r.sent = round_up(4LL * s.num_ranks, 128);
+        r.dispatched = round_up(4LL * s.num_ranks, 8);
+        r.sent = round_up(r.dispatched + 8, 128);
         r.refs = r.sent + round_up(4LL * s.max_tokens * s.num_ranks, 128);
         const int64_t refs = static_cast<int64_t>(s.max_messages()) * s.topk * sizeof(RowRef);
         r.bytes = r.refs + round_up(refs, 128);
@@ -207,12 +209,14 @@ struct RoutingLayout {
 
 struct Routing {
     int32_t* received;
+    uint64_t* dispatched;
     int32_t* sent;
     RowRef* refs;
 
     static Routing at(uint8_t* base, const Shape& s) {
         const RoutingLayout r = RoutingLayout::make(s);
         return {reinterpret_cast<int32_t*>(base + r.received),
+                reinterpret_cast<uint64_t*>(base + r.dispatched),
                 reinterpret_cast<int32_t*>(base + r.sent),
                 reinterpret_cast<RowRef*>(base + r.refs)};
     }

@@ -49,7 +49,7 @@ enum class FaultCode : uint32_t {
     kDesync = 3,    // a tag from the future: ranks issued different sequences
     kCount = 4,     // a peer announced more than the inbox holds
     kRouting = 5,   // expert out of range, or twice in one token; not fatal
-    kTerms = 6,     // a peer works under other terms: see pack_terms
+    kTerms = 6,     // a peer works under other terms: dispatch_terms, combine_terms
 };
 
 // What ranks are called in records: of a part of a group (ep/nodes.h), their numbers in the whole
@@ -89,24 +89,41 @@ struct FaultBoard {
     uint32_t routing_claimed;
 };
 
-// What ranks must agree on in every operation, as they tell each other: the mask, how rows travel,
-// and in a combine whether weights come with it.
-inline constexpr uint64_t kLateTerm = 1ull << 40;
-EP_HD uint64_t pack_terms(uint32_t mask_digest, Wire wire, bool late_weights = false) {
-    return static_cast<uint64_t>(static_cast<uint32_t>(wire)) << 32 | mask_digest |
-           (late_weights ? kLateTerm : 0);
+// How rows of a dispatch travel. Whoever keeps exponents of scales alone needs rounded ones.
+struct RowTerms {
+    Wire wire;
+    bool rounded;  // FP8: scales are powers of two
+};
+
+// What ranks must agree on in every operation: the mask, how rows travel, and in a combine whether
+// weights come with it and which dispatch (its epoch, as far as there is room) it is of.
+inline constexpr int kRoundedTerm = 40, kLateTerm = 41, kEpochTerm = 48;  // bits
+EP_HD uint64_t dispatch_terms(uint32_t mask_digest, RowTerms rows) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(rows.wire)) << 32 | mask_digest |
+           static_cast<uint64_t>(rows.rounded) << kRoundedTerm;
+}
+EP_HD uint64_t combine_terms(uint32_t mask_digest, Wire wire, bool late_weights,
+                             uint64_t dispatched) {
+    return dispatch_terms(mask_digest, {wire, false}) |
+           static_cast<uint64_t>(late_weights) << kLateTerm | dispatched << kEpochTerm;
 }
 // A dispatch's, in the one word that is free beside its counts.
-EP_HD uint32_t mix_terms(uint32_t mask_digest, Wire wire) {
-    return mask_digest ^ static_cast<uint32_t>(wire) * 0x9e3779b1u;
+EP_HD uint32_t mix_terms(uint32_t mask_digest, RowTerms rows) {
+    const uint32_t way = static_cast<uint32_t>(rows.wire) * 2 + (rows.rounded ? 1 : 0);
+    return mask_digest ^ way * 0x9e3779b1u;
 }
-// What a peer's word means to a rank with this mask: another format, or else another mask.
-EP_HD uint64_t unmix_terms(uint32_t word, uint32_t mask_digest, Wire own) {
-    for (int w = 0; w < kNumWires; ++w) {
-        const Wire wire = static_cast<Wire>(w);
-        if (word == mix_terms(mask_digest, wire)) return pack_terms(mask_digest, wire);
+// May a rank with this mask, that needs its rows so, take a dispatch with this word?
+EP_HD bool suits(uint32_t word, uint32_t mask_digest, RowTerms needed) {
+    if (word == mix_terms(mask_digest, {needed.wire, true})) return needed.wire == Wire::kFp8;
+    return !needed.rounded && word == mix_terms(mask_digest, needed);
+}
+// What a peer's word means to it: other rows, or else another mask.
+EP_HD uint64_t unmix_terms(uint32_t word, uint32_t mask_digest, RowTerms needed) {
+    for (int way = 0; way < 2 * kNumWires; ++way) {
+        const RowTerms rows{static_cast<Wire>(way / 2), way % 2 != 0};
+        if (word == mix_terms(mask_digest, rows)) return dispatch_terms(mask_digest, rows);
     }
-    return pack_terms(mix_terms(word, own), own);
+    return dispatch_terms(mix_terms(word, needed), needed);
 }
 
 // The abort word in a heap: who noticed what about whom. 0: all is well.

@@ -92,10 +92,10 @@ class Receive {
 
         const uint32_t terms = counts_[source * words_ + CountsLayout::kTerms];
         const uint32_t mask = masks_.digest();
-        const Wire wire = target_.wire;
-        if (terms != mix_terms(mask, wire)) {
-            fail(context_, where_, FaultCode::kTerms, source, pack_terms(mask, wire),
-                 unmix_terms(terms, mask, wire));
+        const RowTerms needed = target_.rows();
+        if (!suits(terms, mask, needed)) {
+            fail(context_, where_, FaultCode::kTerms, source, dispatch_terms(mask, needed),
+                 unmix_terms(terms, mask, needed));
             return false;
         }
         const Shape& shape = context_.shape;
@@ -117,6 +117,7 @@ class Receive {
     // Also sets next_row_ to each expert's first row.
     void write_counts() {
         const int ranks = context_.shape.num_ranks;
+        *target_.routing.dispatched = epoch_;
         for (int s = 0; s < ranks; ++s) {
             target_.num_messages[s] = static_cast<int32_t>(num_messages(s));
             target_.routing.received[s] = static_cast<int32_t>(num_messages(s));

@@ -74,13 +74,13 @@ Choices route(const Context& context, const Masks& masks, const SendInput& input
     return routing;
 }
 
-void send_counts(const Context& context, const Masks& masks, int chain, uint64_t epoch, Wire wire,
+void send_counts(const Context& context, const Masks& masks, int chain, uint64_t epoch, RowTerms rows,
                  const Choices& routing) {
     const Shape& shape = context.shape;
     const CountsLayout& layout = context.layout.counts;
     const int local_experts = shape.num_local_experts();
     std::vector<uint32_t> words(layout.words);
-    words[CountsLayout::kTerms] = mix_terms(masks.digest(), wire);
+    words[CountsLayout::kTerms] = mix_terms(masks.digest(), rows);
     for (int d = 0; d < shape.num_ranks; ++d) {
         if (masks.has(d)) continue;
         words[CountsLayout::kMessages] = routing.num_messages[d];
@@ -164,7 +164,7 @@ void HostRank::dispatch_send(int chain, const SendInput& input) {
     if (routing.dropped > 0) {
         record_routing(context_, where, routing.dropped, routing.first_dropped);
     }
-    send_counts(context_, masks, chain, epoch, input.wire, routing);
+    send_counts(context_, masks, chain, epoch, input.rows(), routing);
     send_rows(context_, chain, epoch, input, num_valid, routing);
 
     uint64_t messages = 0;

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from drivers import Options
 from groups import Group, Place
 from support import (
     check_combined,
@@ -123,6 +124,28 @@ def test_absent_rank_is_named_within_the_budget(
     good_pair(group, config, rng)
 
 
+def test_combine_of_an_unfinished_dispatch_reads_nothing_of_it(
+    open_group: OpenGroup, place: Place, rng: torch.Generator
+) -> None:
+    """Launched before the host knows: the handle's memory holds rows that are none."""
+    config = random_config(rng, place.num_ranks, 256, 4)
+    group = open_group(config)
+    group.all("open_receive", "fresh", {})
+    group.all("query", "set_time_budget", BUDGET_S)
+    there = [None if rank == 1 else () for rank in range(place.num_ranks)]
+    how = (None, 0, Options(into="fresh"))
+    work = [None if t is None else (random_input(rng, config, 5), 0, *how) for t in there]
+    group.outcomes("dispatch", work)
+    outcomes = group.outcomes("combine_unreceived", there)
+    for rank, outcome in enumerate(outcomes):
+        if rank != 1:
+            assert isinstance(outcome, PeerTimeout), outcome
+            assert outcome.peer == 1
+    group.all("use_gpu")
+    group.all("query", "reset")
+    good_pair(group, config, rng)
+
+
 def test_rank_that_lost_its_state_is_noticed(
     open_group: OpenGroup, place: Place, rng: torch.Generator
 ) -> None:
@@ -157,3 +180,18 @@ def test_reset_drops_what_is_in_flight(
     assert time.monotonic() - started < 5  # nobody waits for what nobody sends
     good_pair(group, config, rng)
     assert group.all("query", "epochs", 0) == [(1, 1)] * place.num_ranks
+
+
+def test_reset_ends_the_handles_from_before(
+    open_group: OpenGroup, place: Place, rng: torch.Generator
+) -> None:
+    """What their dispatches left may be unfinished."""
+    config = random_config(rng, place.num_ranks, 256, 4)
+    group = open_group(config)
+    inputs = random_inputs(rng, config, group.num_ranks)
+    expected = reference.dispatch(config, inputs)
+    check_received(group.dispatch(inputs), expected)
+    group.all("query", "reset")
+    outcomes = group.outcomes("combine", [(y, 0) for y in random_outputs(rng, expected)])
+    assert all(isinstance(o, SequenceError) and "stale" in str(o) for o in outcomes), outcomes
+    good_pair(group, config, rng)

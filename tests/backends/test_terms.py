@@ -91,3 +91,48 @@ def test_weights_that_come_elsewhere_are_told(
     calls = [(y, 0, w) for y, w in zip(outputs, weights, strict=True)]
     for text in told(group, group.outcomes("combine_fused", calls)):
         assert text.count("that bring weights") == 1
+
+
+def test_handles_of_different_dispatches_are_told(
+    group: Group, config: EpConfig, rng: torch.Generator
+) -> None:
+    """All sums would come, of rows that do not belong together."""
+    inputs = [random_input(rng, config, 5) for _ in range(group.num_ranks)]
+    expected = reference.dispatch(config, inputs)
+    for name in ("bf16", "again"):
+        group.all("open_receive_once", name)
+        into = Options(into=name)
+        group.each("dispatch", [(one, 0, None, 0, into) for one in inputs])
+        check_received(group.all("receive"), expected)
+    group.all("remember", "again", "mine")
+    group.outcomes(
+        "remember", [("bf16", "mine") if r == ODD else None for r in range(group.num_ranks)]
+    )
+    group.each("combine", [(y, "mine") for y in random_outputs(rng, expected)])
+    for text in told(group, group.outcomes("collect", [(0,)] * group.num_ranks)):
+        assert "of dispatch 1" in text
+        assert "of dispatch 2" in text
+
+
+@pytest.mark.parametrize("needs", [True, False])
+def test_scales_that_lose_their_mantissas_are_told(
+    group: Group, config: EpConfig, rng: torch.Generator, needs: bool
+) -> None:
+    """A rank that keeps exponents alone, and one whose scales have more; the other way about, all
+    is well."""
+    exponents = {"dispatch_format": "fp8", "scale_format": "ue8m0"}
+    group.all("open_receive", "exponents", exponents)
+    inputs = [random_input(rng, config, 5) for _ in range(group.num_ranks)]
+    usual = Options(into="fp8", round_scale=not needs)
+    how = odd_one_out(group, Options(into="exponents"), usual)
+    group.each("dispatch", [(one, 0, None, 0, o) for one, o in zip(inputs, how, strict=True)])
+    outcomes = group.outcomes("receive", [(0,)] * group.num_ranks)
+    if not needs:
+        assert not [o for o in outcomes if isinstance(o, Exception)], outcomes
+        group.all("check")
+        return
+    # The rank that needs them says so; the others have what they need, and hear of it.
+    check = group.outcomes("check", [() if r == ODD else None for r in range(group.num_ranks)])[ODD]
+    error = outcomes[ODD] if isinstance(outcomes[ODD], Exception) else check
+    assert isinstance(error, DesyncError), error
+    assert str(error).count("fp8 rows with power-of-two scales") == 1

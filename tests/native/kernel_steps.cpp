@@ -352,6 +352,31 @@ void check_absent_rank(const Shape& shape, Format format, int grid) {
     }
     CHECK(first >= 1);
 
+    // Combines of what nobody received: the memory for it holds rows that are none (Output).
+    const std::vector<uint16_t> y(Output::rows_of(shape) * shape.hidden);
+    const std::vector<uint16_t> untouched(static_cast<size_t>(kMaxTokensHere) * shape.hidden);
+    std::vector<uint16_t> home = untouched;
+    const Routing unknown = outputs[0].route(shape);
+    std::memset(unknown.received, 0x2b, sizeof(int32_t) * (absent + 1));
+    std::memset(unknown.refs, 0x2b, sizeof(RowRef) * shape.max_messages() * shape.topk);
+    const CombineInput in{.wire = shape.combine,
+                          .y = y.data(),
+                          .row_stride = shape.hidden,
+                          .late_weights = false,
+                          .weights = nullptr,
+                          .num_tokens = input.num_tokens,
+                          .routing = unknown};
+    const CombineOutput out{.wire = shape.combine,
+                            .out = home.data(),
+                            .num_tokens = input.num_tokens,
+                            .num_valid = &input.num_valid,
+                            .wait_ns = nullptr,
+                            .routing = unknown};
+    emulator::run({ranks[0].combine_send_kernel(in)}, test.random);
+    emulator::run({ranks[0].combine_recv_kernel(out)}, test.random);
+    emulator::run({ranks[0].combine_fused_kernel(in, out)}, test.random);
+    CHECK(home == untouched);
+
     emulator::run({ranks[absent].dispatch_send_kernel(sent(absent))}, test.random);
     const Fault& told = test.device.faults[absent].fatal;
     CHECK(static_cast<FaultCode>(told.code) == FaultCode::kAborted);

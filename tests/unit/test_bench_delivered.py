@@ -43,7 +43,7 @@ def case(
     inputs = [RankInput(one.x, one.topk_idx, one.topk_weights) for one in problem.everyone[0]]
     expected = reference.dispatch(config, inputs)[1]
     names = {field.name for field in fields(Received)} - {"handle"}
-    handle = Handle(object(), 0, 6, None, 0, False, torch.empty(0), Uses(), 0)
+    handle = Handle(object(), 0, 6, None, 0, False, torch.empty(0), Uses(), 0, Uses(), 0)
     received = Received(**{name: getattr(expected, name) for name in names}, handle=handle)
     for name in ("x", "scales", "topk_idx", "topk_weights", "source_token"):
         tensor = getattr(received, name)
