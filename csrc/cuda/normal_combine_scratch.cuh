@@ -7,7 +7,8 @@ namespace ep::normal {
 
 using ReduceRing = CopyRing<kReduceStages, kReduceBytes>;
 
-inline constexpr int kMostTerms = kMaxTopk + 2;  // rows of a token, and biases
+// Rows of a token, and biases. A layout alone, without topk_idx, may send it to every rank.
+inline constexpr int kMostTerms = kMaxRanks + 2;
 
 // Rows of one chunk, of `rows` from one rank to one source; the last chunks may have none.
 EP_HD int chunk_rows(int rows) { return static_cast<int>(ceil_div(rows, kNumChunks)); }
@@ -55,7 +56,7 @@ struct CombineScratch {
     static constexpr int kOutboxes = kSent + kCombineStages * static_cast<int>(sizeof(Sent));
     static constexpr int kSources = kOutboxes + kSendWarps * static_cast<int>(sizeof(Outbox));
 
-    static EP_HD int bytes(int num_ranks) {
+    static EP_HD constexpr int bytes(int num_ranks) {
         return kSources + num_ranks * static_cast<int>(sizeof(Homeward) + sizeof(Arrival));
     }
     static __device__ __forceinline__ CombineScratch carve(uint8_t* smem, int num_ranks) {
@@ -70,6 +71,7 @@ struct CombineScratch {
                 reinterpret_cast<Arrival*>(sources + num_ranks)};
     }
 };
+static_assert(CombineScratch::bytes(kMaxRanks) <= kMostScratchBytes);
 
 // Whole warps: tokens from `source` to ranks below `below`, itself not counted.
 __device__ __forceinline__ int inbox_rows(const int32_t* rank_prefix, int num_ranks, int source,

@@ -18,7 +18,7 @@ struct DispatchScratch {
     static constexpr int kTokenBytes =
         kDescribeWarps * kStretch * static_cast<int>(sizeof(int32_t));
 
-    static EP_HD int bytes(int num_ranks) {
+    static EP_HD constexpr int bytes(int num_ranks) {
         return kStageBytes + kTokenBytes + num_ranks * static_cast<int>(sizeof(Target));
     }
     static __device__ __forceinline__ DispatchScratch carve(uint8_t* smem) {
@@ -27,6 +27,7 @@ struct DispatchScratch {
                 reinterpret_cast<int32_t*>(behind)};
     }
 };
+static_assert(DispatchScratch::bytes(kMaxRanks) <= kMostScratchBytes);
 
 // The rows of one of kWarps sending warps: loads run ahead of the stores, tokens are claimed ahead
 // of the loads.

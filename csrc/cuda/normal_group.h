@@ -218,7 +218,8 @@ struct CombineArgs {
     }
 };
 
-// Dynamic shared memory.
+// Dynamic shared memory, in bytes.
+inline constexpr int kMostScratchBytes = 227 << 10;  // that a CTA can have, of sm_90 on
 EP_HD constexpr int layout_scratch_bytes(int num_ranks, int num_experts) {
     return 4 * (num_ranks + num_experts);
 }

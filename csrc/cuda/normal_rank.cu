@@ -18,6 +18,10 @@ constexpr int kNotifyTokens = 256;  // of a CTA, until there are kMostNotifyCtas
 constexpr int kMostNotifyCtas = 32;
 constexpr int kMostLayoutCtas = 64;
 constexpr size_t kMostArgumentBytes = 4096;
+// Of a token in what dispatch and layout take: over rails, rows without topk_idx name their ranks
+// there (ep/nodes.h). A combine has a lane for each entry and takes kMaxTopk.
+constexpr int kMostEntries = kMaxRanks;
+static_assert(kMostEntries >= kMaxTopk);
 
 [[noreturn]] void reject(const std::string& what) { throw std::invalid_argument(what); }
 
@@ -39,12 +43,11 @@ void require_vectors(const void* address, const char* what) {
     }
 }
 
-void check_rows(int64_t row_bytes, const void* x, int64_t stride_bytes, int topk) {
+void check_rows(int64_t row_bytes, const void* x, int64_t stride_bytes) {
     require(row_bytes >= 16 && row_bytes <= normal::kMaxRowBytes && row_bytes % 16 == 0,
             "row_bytes", row_bytes, "a multiple of 16 up to 32768");
     require_vectors(x, "x");
     require(stride_bytes % 16 == 0, "the stride of x in bytes", stride_bytes, "a multiple of 16");
-    require(topk >= 0 && topk <= kMaxTopk, "topk", topk, "in 0..32");
 }
 
 struct Launch {
@@ -156,7 +159,7 @@ FastDiv CudaNormal::by_local_experts(int num_experts) const {
 void CudaNormal::layout(const NormalRoutes& routes, int num_tokens, int num_experts,
                         const NormalLayout& into, StreamHandle stream) const {
     check_experts(num_experts, num_tokens);
-    require(routes.topk >= 1 && routes.topk <= kMaxTopk, "topk", routes.topk, "in 1..32");
+    require(routes.topk >= 1 && routes.topk <= kMostEntries, "topk", routes.topk, "in 1..72");
     const DeviceGuard guard(device_);
     const int64_t ctas = std::max<int64_t>(1, ceil_div(num_tokens, normal::kCountThreads));
     normal::LayoutArgs args{.routes = routes,
@@ -199,7 +202,8 @@ void CudaNormal::dispatch(const NormalRows& rows, const NormalRoutes& routes, in
                           const NormalTables& tables, int64_t block_offset, int64_t block_rows,
                           normal::BlockSize size, int num_sms, StreamHandle stream) const {
     check_experts(num_experts, rows.num_tokens);
-    check_rows(rows.row_bytes, rows.x, rows.stride_bytes, routes.topk);
+    check_rows(rows.row_bytes, rows.x, rows.stride_bytes);
+    require(routes.topk >= 0 && routes.topk <= kMostEntries, "topk", routes.topk, "in 0..72");
     require(rows.num_scales >= 0, "num_scales", rows.num_scales, "0 or more");
     require(block_rows >= 0, "block_rows", block_rows, "0 or more");
     const auto block = BlockLayout::make(block_rows, rows.row_bytes, rows.num_scales, routes.topk);
@@ -226,7 +230,8 @@ void CudaNormal::dispatch(const NormalRows& rows, const NormalRoutes& routes, in
 void CudaNormal::combine(const NormalCombine& work, const NormalTables& tables, int num_sms,
                          StreamHandle stream) const {
     const int64_t row_bytes = 2LL * work.hidden;
-    check_rows(row_bytes, work.x, work.stride_bytes, work.topk);
+    check_rows(row_bytes, work.x, work.stride_bytes);
+    require(work.topk >= 0 && work.topk <= kMaxTopk, "topk", work.topk, "in 0..32");
     check_experts(group_.num_ranks(), work.num_tokens);
     require_vectors(work.out, "out");
     for (const uint16_t* bias : work.bias) require_vectors(bias, "bias");

@@ -85,7 +85,7 @@ class NodePath:
         exact = num_worst_tokens == 0
         # A rail's rank is told by topk_idx who in its node wants a token.
         unrouted = routes.topk_idx is None
-        # Without it ranks take the place of experts: few enough of them, see NormalSteps._routes.
+        # Without it ranks take the place of experts, all of them: K is then R, beyond max_topk.
         experts = self._whole.num_ranks if unrouted else num_experts
         topk = experts if unrouted else routes.topk
         self.rails.check_out(rows.row_bytes, rows.num_scales, topk)

@@ -17,8 +17,6 @@ from ep_runtime.normal.ops import Routes, Tables, block_size
 from ep_runtime.normal.receive import Target
 from ep_runtime.normal.validate import Outgoing
 
-MOST_UNROUTED = 32  # ranks of a group that can dispatch without topk_idx: kMostTerms in csrc/cuda
-
 
 class NormalSteps(GrowingRank):
     """What dispatches have in common."""
@@ -77,11 +75,6 @@ class NormalSteps(GrowingRank):
                 raise ShapeError(
                     "topk_idx is not given; pass it, or a layout (and no topk_weights) to send"
                     " rows alone"
-                )
-            if self.num_ranks > MOST_UNROUTED:  # a token may go to all ranks, not to K at most
-                raise ShapeError(
-                    f"topk_idx is not given on {self.num_ranks} ranks: that takes at most"
-                    f" {MOST_UNROUTED} ranks; pass topk_idx"
                 )
             return num_experts, Routes(None, None, 0)
         topk = self._check.routes(topk_idx, rows.num_tokens)

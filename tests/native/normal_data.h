@@ -1,6 +1,7 @@
 // What the normal operations' steps are run on: sizes, memory of all ranks, inputs and results.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -27,6 +28,8 @@ struct Sizes {
     int num_ranks, num_experts, row_bytes, num_scales, topk, max_tokens;
 
     int hidden() const { return row_bytes / 2; }
+    // A dispatch over rails may have an entry for each rank; a combine has a lane for each.
+    int combined_topk() const { return std::min(topk, kMaxTopk); }
     int local_experts() const { return num_experts / num_ranks; }
     int64_t most_rows() const { return int64_t{num_ranks} * max_tokens + kPadding; }
     int64_t block_bytes() const {
@@ -135,6 +138,12 @@ struct Tables {
           recv_counts(s.local_experts(), -7),
           host_counts(s.local_experts() + 4, -7),
           goes(s.max_tokens * s.num_ranks, 0xab) {}
+    // In place of layout(): every token goes to all ranks.
+    void send_everywhere(int num_tokens) {
+        std::fill(per_rank.begin(), per_rank.end(), num_tokens);
+        std::fill(per_expert.begin(), per_expert.end(), num_tokens);
+        std::fill_n(goes.begin(), static_cast<size_t>(num_tokens) * per_rank.size(), uint8_t{1});
+    }
     NormalLayout layout() { return {per_rank.data(), per_expert.data(), goes.data()}; }
     NormalTables tables() { return {prefix.data(), position.data()}; }
     int received(const Sizes& s, int rank) const {

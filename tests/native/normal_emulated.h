@@ -25,6 +25,7 @@ struct Test {
     World device{s}, host{s};
     std::vector<normal::Group> groups;
     std::vector<std::unique_ptr<host::NormalRank>> hosts;
+    bool everywhere = false;  // tokens go to all ranks, without experts of their choice
     uint64_t dispatched = 0;
     int packed = 0, raw = 0;  // rows of combines that pack
 
@@ -142,6 +143,23 @@ struct Test {
         }
     }
 
+    // Where tokens go, as both sides count it.
+    void lay_out(const std::vector<Input>& inputs, bool wide, std::vector<Tables>& mine,
+                 std::vector<Tables>& right) {
+        if (everywhere) {
+            for (size_t r = 0; r < inputs.size(); ++r) {
+                mine[r].send_everywhere(inputs[r].num_tokens);
+                right[r].send_everywhere(inputs[r].num_tokens);
+            }
+            return;
+        }
+        on_hosts([&](int r) {
+            hosts[r]->layout(inputs[r].routes(s.topk, wide, true), inputs[r].num_tokens,
+                             s.num_experts, right[r].layout());
+        });
+        on_devices(s.num_ranks, [&](int r) { return layout_kernel(r, inputs[r], wide, mine[r]); });
+    }
+
     void round(int number) {
         const auto num_ranks = static_cast<size_t>(s.num_ranks);
         constexpr BlockSize kSizes[] = {BlockSize::kExact, BlockSize::kPadded, BlockSize::kAhead};
@@ -151,14 +169,12 @@ struct Test {
         std::vector<Tables> mine(num_ranks, Tables(s)), right(num_ranks, Tables(s));
         for (size_t r = 0; r < num_ranks; ++r) inputs.push_back(draw(s, random));
         poison();
+        lay_out(inputs, wide, mine, right);
         on_hosts([&](int r) {
-            hosts[r]->layout(inputs[r].routes(s.topk, wide, true), inputs[r].num_tokens,
-                             s.num_experts, right[r].layout());
             hosts[r]->notify(right[r].layout(), inputs[r].num_tokens, s.num_experts, kAlignment,
                              right[r].tables(), right[r].recv_counts.data(),
                              right[r].host_counts.data());
         });
-        on_devices(s.num_ranks, [&](int r) { return layout_kernel(r, inputs[r], wide, mine[r]); });
         on_devices(s.num_ranks, [&](int r) { return notify_kernel(r, inputs[r], mine[r]); });
         for (size_t r = 0; r < num_ranks; ++r) CHECK(mine[r] == right[r]);
         if (chance(2)) scatter(inputs, mine, right);
@@ -170,7 +186,10 @@ struct Test {
             if (size == BlockSize::kAhead) return fits ? most + kPadding : most - 1;
             return right[r].received(s, r) + (size == BlockSize::kExact ? 0 : kPadding);
         };
-        const auto routes = [&](int r) { return inputs[r].routes(s.topk, wide, with_experts); };
+        const auto routes = [&](int r) {
+            return everywhere ? NormalRoutes{nullptr, 8, nullptr, 0}
+                              : inputs[r].routes(s.topk, wide, with_experts);
+        };
         on_hosts([&](int r) {
             hosts[r]->dispatch(inputs[r].rows(s), routes(r), s.num_experts, right[r].tables(),
                                normal::kLine, rows(r), size);
@@ -204,7 +223,7 @@ struct Test {
                                  2 * stride,
                                  s.hidden(),
                                  weighted ? weights[r].data() : nullptr,
-                                 s.topk,
+                                 s.combined_topk(),
                                  {biased ? inputs[r].bias[0].data() : nullptr,
                                   twice ? inputs[r].bias[1].data() : nullptr},
                                  inputs[r].num_tokens,
@@ -232,7 +251,7 @@ struct Test {
             }
             const uint8_t* inbox = device.data[r].get() + normal::kLine + s.block_bytes();
             const auto* word = reinterpret_cast<const uint32_t*>(
-                inbox + InboxLayout::make(rows, s.hidden(), s.topk).packed);
+                inbox + InboxLayout::make(rows, s.hidden(), s.combined_topk()).packed);
             for (int d = 0; d < s.num_ranks; ++d) {
                 if (d == r) continue;
                 const int count = normal::tokens_between(prefix, s.num_ranks, r, d);

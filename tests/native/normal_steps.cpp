@@ -1,9 +1,11 @@
 // The CUDA steps of the normal operations, emulated, beside the host backend: same inputs, same
 // bytes.
 //
-//   normal_steps RANKS EXPERTS ROW_BYTES SCALES TOPK TOKENS CTAS AS_OF OTHERS SEED
+//   normal_steps RANKS EXPERTS ROW_BYTES SCALES TOPK TOKENS CTAS AS_OF OTHERS EVERYWHERE SEED
 //
-// A combine works as one of AS_OF CTAs would on rank 0, and of OTHERS on the other ranks.
+// A combine works as one of AS_OF CTAs would on rank 0, and of OTHERS on the other ranks. With
+// EVERYWHERE 1 each token goes to all ranks, along a layout without topk_idx; TOPK is then that of
+// the combine's weights.
 //
 // Rounds of layout, notify, dispatch and combine with other tokens on every rank, entries that are
 // missing, out of range or repeated, and a rank that never comes at the end.
@@ -150,14 +152,16 @@ void check_absent_rank(const Sizes& s, int grid) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    CHECK(argc == 11);
+    CHECK(argc == 12);
     const auto argument = [&](int i) { return std::atoi(argv[i]); };
     const Sizes sizes{argument(1), argument(2), argument(3), argument(4), argument(5), argument(6)};
     const int grid = argument(7);
-    Test test(sizes, grid, argument(8), argument(9), static_cast<unsigned>(argument(10)));
+    Test test(sizes, grid, argument(8), argument(9), static_cast<unsigned>(argument(11)));
+    test.everywhere = argument(10) != 0;
     for (int i = 0; i < kRoundsHere; ++i) test.round(i);
     test.compare_state(kRoundsHere);
-    if (sizes.num_ranks > 1 && sizes.num_ranks < 6 && test.packed + test.raw == 0) {
+    const bool few = sizes.num_ranks > 1 && sizes.num_ranks < 6;
+    if (few && !test.everywhere && test.packed + test.raw == 0) {
         check_small_block(sizes, grid);
         check_damaged_counts(sizes, grid);
         check_absent_rank(sizes, grid);

@@ -29,6 +29,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(2, 8, 512, 2, 4, 9, 3, id="two ranks, scales"),
         pytest.param(3, 6, 256, 0, 9, 20, 4, id="three ranks, more than eight choices"),
         pytest.param(5, 10, 256, 1, 32, 7, 3, id="five ranks, most choices"),
+        pytest.param(6, 72, 256, 0, 72, 7, 2, id="an entry for each of most ranks"),
         pytest.param(2, 8, 16384, 3, 4, 5, 2, id="rows in several pieces"),
         pytest.param(2, 8, 512, 4, 4, 9, 20, id="scales four at a time, two senders a CTA"),
         pytest.param(2, 8, 1024, 0, 4, 40, 66, id="one sender a CTA"),
@@ -71,10 +72,29 @@ def test_packed_rows_add_up_to_the_same_bytes(
     assert raw > 0
 
 
-def run(program: Path, sizes: tuple[int, ...]) -> str:
+@pytest.mark.parametrize(
+    ("num_ranks", "row_bytes", "tokens", "as_of"),
+    [
+        pytest.param(3, 256, 20, 1, id="few ranks"),
+        pytest.param(34, 2048, 3, 32, id="two ranks to a lane, packed"),
+        pytest.param(72, 256, 1, 1, id="most ranks"),
+    ],
+)
+def test_tokens_go_to_all_ranks_along_a_layout(
+    program: Path, num_ranks: int, row_bytes: int, tokens: int, as_of: int
+) -> None:
+    """More rows of a token come home than it can have choices."""
+    sizes = (num_ranks, num_ranks, row_bytes, 2, 3, tokens, 1, as_of, as_of)
+    assert run(program, sizes, everywhere=True).startswith(AGREE)
+
+
+def run(program: Path, sizes: tuple[int, ...], *, everywhere: bool = False) -> str:
     seed = random.randrange(1 << 31)
     done = subprocess.run(
-        [str(program), *map(str, (*sizes, seed))], capture_output=True, text=True, timeout=110
+        [str(program), *map(str, (*sizes, int(everywhere), seed))],
+        capture_output=True,
+        text=True,
+        timeout=110,
     )
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     return done.stdout

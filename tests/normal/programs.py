@@ -144,6 +144,18 @@ def layout_then_dispatch(
     return found, snapshot(buffer, received)
 
 
+def dispatch_everywhere(buffer: NormalBuffer, tokens: RankTokens) -> Rows:
+    """Every row to all ranks, along a layout that no topk_idx stands behind; kept as "last"."""
+    ranks, count = buffer.num_ranks, tokens.x.shape[0]
+
+    def counts() -> torch.Tensor:
+        return torch.full((ranks,), count, dtype=torch.int32, device=buffer.device)
+
+    goes = torch.ones(count, ranks, dtype=torch.bool, device=buffer.device)
+    received = buffer.dispatch(rows_of(buffer, tokens), layout=Layout(counts(), counts(), goes))
+    return snapshot(buffer, keep(buffer, "last", received))
+
+
 def cached(
     buffer: NormalBuffer, tokens: RankTokens, name: str = "last", weights: bool = False
 ) -> Rows:

@@ -153,18 +153,6 @@ def test_a_layout_counts_no_more_tokens_than_are_dispatched(alone: NormalBuffer)
             alone.layout(wrong, EXPERTS)  # type: ignore[arg-type]
 
 
-def test_rows_alone_go_to_32_ranks_at_most() -> None:
-    """The kernel that adds up what comes back lists 32 rows of a token."""
-    idx = torch.zeros(4, 2, dtype=torch.int64)
-    x = torch.zeros(4, 256).bfloat16()
-    small = SIZES | {"max_tokens": 4, "pool_bytes": 0}
-    buffers = virtual_normal_ranks(33, backend="host", **small)
-    layout = buffers[0].layout(idx, 33)
-    with pytest.raises(ShapeError, match="33 ranks.*at most 32 ranks; pass topk_idx"):
-        buffers[0].dispatch(x, layout=layout)
-    assert buffers[0].stats.dispatches == 0
-
-
 def test_a_layout_takes_its_place_among_the_operations(
     alone: NormalBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
