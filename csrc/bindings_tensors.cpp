@@ -41,8 +41,8 @@ SendInput make_send_input(const Shape& shape, uintptr_t routing, int32_t wire, b
 }
 
 RecvTarget make_target(const Shape& shape, uintptr_t routing, int32_t format, int32_t wire,
-                       int32_t alignment, uintptr_t x, uintptr_t scales, bool ue8m0,
-                       int32_t scale_expert_stride, int32_t scale_row_stride,
+                       int32_t alignment, uintptr_t x, int64_t num_rows, uintptr_t scales,
+                       bool ue8m0, int32_t scale_expert_stride, int32_t scale_row_stride,
                        int32_t scale_group_stride, uintptr_t recv_count, uintptr_t expert_offset,
                        uintptr_t topk_idx, uintptr_t topk_weights, uintptr_t num_messages,
                        uintptr_t source_token, uintptr_t layout_range, uintptr_t cumulative_count,
@@ -59,6 +59,7 @@ RecvTarget make_target(const Shape& shape, uintptr_t routing, int32_t format, in
                       .wire = static_cast<Wire>(wire),
                       .alignment = alignment,
                       .x = pointer<uint8_t>(x),
+                      .num_rows = num_rows,
                       .scales = {pointer<uint32_t>(scales), ue8m0, scale_expert_stride,
                                  scale_row_stride, scale_group_stride},
                       .recv_count = pointer<int32_t>(recv_count),
@@ -107,7 +108,7 @@ void bind_tensors(py::module_& m) {
              "num_tokens_address"_a = 0);
     py::class_<RecvTarget>(m, "RecvTarget")
         .def(py::init(&make_target), "shape"_a, py::kw_only(), "routing"_a, "format"_a, "wire"_a,
-             "alignment"_a = 1, "x"_a, "scales"_a = 0, "ue8m0"_a = false,
+             "alignment"_a = 1, "x"_a, "num_rows"_a, "scales"_a = 0, "ue8m0"_a = false,
              "scale_expert_stride"_a = 0, "scale_row_stride"_a = 0, "scale_group_stride"_a = 0,
              "recv_count"_a, "expert_offset"_a = 0, "topk_idx"_a = 0, "topk_weights"_a = 0,
              "num_messages"_a, "source_token"_a = 0, "layout_range"_a = 0, "cumulative_count"_a = 0,

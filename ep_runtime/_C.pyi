@@ -122,6 +122,7 @@ class RecvTarget:
         wire: int,
         alignment: int = 1,
         x: int,
+        num_rows: int,
         scales: int = 0,
         ue8m0: bool = False,
         scale_expert_stride: int = 0,

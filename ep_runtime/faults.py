@@ -55,7 +55,7 @@ def fatal_error(fault: _C.Fault, budget_s: float) -> EpError:
         return DesyncError(
             f"rank {fault.peer} works at {where} with {_terms(fault, fault.seen)}, rank"
             f" {fault.rank} with {_terms(fault, fault.expected)}: give every rank the same mask,"
-            f" formats, way of passing topk_weights (with the dispatch, or with the combine) and, in"
+            " formats, way of passing topk_weights (with the dispatch, or with the combine) and, in"
             f" a combine, the handle of the same dispatch; {_AFTER}"
         )
     return DesyncError(f"unknown fault code {fault.code} at {where}; {_AFTER}")

@@ -85,6 +85,7 @@ def _target(
         wire=WIRE[into.dispatch_format],
         alignment=config.alignment,
         x=r.x.data_ptr(),
+        num_rows=r.x.shape[:-1].numel(),
         scales=_address(scales),
         ue8m0=into.scale_format == "ue8m0",
         scale_expert_stride=strides[0],

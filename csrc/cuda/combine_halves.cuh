@@ -37,8 +37,8 @@ __device__ __forceinline__ void announce_combine(const View& view, const Combine
                                                  const Turn& turn) {
     if (threadIdx.x >= 32) return;
     const int64_t line = view.ready_out + (turn.epoch & 1) * view.num_ranks * kLineBytes;
-    const uint64_t terms = combine_terms(turn.absent.digest(view), in.wire,
-                                         in.late_weights, *in.routing.dispatched);
+    const uint64_t terms =
+        combine_terms(turn.absent.digest(view), in.wire, in.late_weights, *in.routing.dispatched);
 #pragma unroll 1
     for (int r = threadIdx.x; r < view.num_ranks; r += 32) {
         if (turn.absent.has(view, r)) continue;
@@ -51,8 +51,8 @@ __device__ __forceinline__ void announce_combine(const View& view, const Combine
 __device__ __noinline__ inline void settle_combine(const View& view, const CombineOutput& out,
                                                    Turn turn) {
     const uint64_t epoch = turn.epoch;
-    const uint64_t terms = combine_terms(turn.absent.digest(view), out.wire,
-                                         out.late_weights, *out.routing.dispatched);
+    const uint64_t terms = combine_terms(turn.absent.digest(view), out.wire, out.late_weights,
+                                         *out.routing.dispatched);
     Watch watch{view, Op::kCombine};
     const bool have_read = all_have_read(view.state->combine_readers);
     const uint8_t* lines = view.ready_in + (epoch & 1) * view.num_ranks * kLineBytes;

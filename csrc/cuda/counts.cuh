@@ -97,9 +97,9 @@ __device__ __noinline__ inline void measure_waits(const View& view, const RecvTa
         if (!await_tags(watch, asked ? from : nullptr, source, turn.epoch, start, vector, waited)) {
             return;
         }
-        if (!asked) continue;
-        view.stats->wait_ns[source] = waited;
-        if (target.wait_ns != nullptr) target.wait_ns[source] += waited;
+        if (source >= view.num_ranks) continue;
+        view.stats->wait_ns[source] = waited;  // 0: not asked
+        if (asked && target.wait_ns != nullptr) target.wait_ns[source] += waited;
     }
 }
 
@@ -147,8 +147,8 @@ __device__ __noinline__ inline void note_ranges(const View& view, const RecvTarg
 
 // CTA 0: every source must work under this rank's terms. A difference ends the group, and every
 // wait that may not be served ends with it.
-__device__ __forceinline__ void check_terms(const View& view, RowTerms rows, Absent absent, int source,
-                                            RecvScratch scratch) {
+__device__ __forceinline__ void check_terms(const View& view, RowTerms rows, Absent absent,
+                                            int source, RecvScratch scratch) {
     const uint32_t mask = absent.digest(view);
     const uint32_t theirs = scratch.word(view, source, RecvScratch::byte_of(CountsLayout::kTerms));
     if (suits(theirs, mask, rows) || absent.leaves_out(view, source)) return;

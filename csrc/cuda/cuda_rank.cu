@@ -74,6 +74,8 @@ CudaRank::CudaRank(const Shape& shape, int rank, const std::vector<std::uintptr_
 
     const DeviceGuard guard(options.device);
     EP_CUDA(cudaDeviceGetAttribute(&num_sms_, cudaDevAttrMultiProcessorCount, options.device));
+    EP_CUDA(cudaDeviceGetAttribute(&most_shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                   options.device));
     EP_CUDA(cudaDeviceGetAttribute(&l2_bytes_, cudaDevAttrL2CacheSize, options.device));
     if (options.num_sms > 0) num_sms_ = std::min(num_sms_, options.num_sms);
     for (int w = 0; w < kNumWires; ++w) {
@@ -138,9 +140,13 @@ void CudaRank::prepare(Wire wire) {
     load_as(kDispatchSend, address(dispatch.send), scratch.send);
     load_as(kDispatchRecv, address(receive.recv), scratch.recv);
     load_as(kDispatchFused, address(dispatch.fused), scratch.send + scratch.recv);
-    load_as(kSendMany, address(dispatch.send_many), many.send);
-    load_as(kRecvMany, address(receive.recv_many), many.recv);
-    load_as(kFusedMany, address(dispatch.fused_many), many.send + many.recv);
+    // A GPU with little shared memory does without these.
+    const auto load_if_fits = [&](Kernel k, const void* kernel, int64_t bytes) {
+        if (bytes <= most_shared_) load_as(k, kernel, bytes);
+    };
+    load_if_fits(kSendMany, address(dispatch.send_many), many.send);
+    load_if_fits(kRecvMany, address(receive.recv_many), many.recv);
+    load_if_fits(kFusedMany, address(dispatch.fused_many), many.send + many.recv);
 }
 
 void CudaRank::require_combine(Wire wire) const {

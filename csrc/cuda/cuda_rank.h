@@ -99,6 +99,7 @@ class CudaRank {
     std::array<std::array<Room, kNumHalves>, kNumCombineKinds> combine_room_{};
     Options options_{};
     int num_sms_ = 0;
+    int most_shared_ = 0;  // bytes of a CTA
     int l2_bytes_ = 0;
 };
 

@@ -48,7 +48,7 @@ struct CombineFusedArgs {
 };
 
 // Compiled for whether they quantise and for the pairs of a row's vectors that a thread takes (1 or
-// 3: rows of up to 960 or 2880 vectors as the caller gives them). The kernels for many tokens serve
+// 3: rows of up to 896 or 2688 vectors as the caller gives them). The kernels for many tokens serve
 // any row.
 struct DispatchKernels {
     void (*send)(DispatchSendArgs);

@@ -13,7 +13,12 @@ DeviceMemory::DeviceMemory(int64_t bytes, int device) : device_(device) {
     void* p = nullptr;
     EP_CUDA(cudaMalloc(&p, static_cast<size_t>(bytes)));
     address_ = reinterpret_cast<std::uintptr_t>(p);
-    fill_zero(address_, bytes, device);
+    try {
+        fill_zero(address_, bytes, device);
+    } catch (...) {
+        close();  // no destructor runs
+        throw;
+    }
 }
 
 std::string DeviceMemory::ipc_handle() const {

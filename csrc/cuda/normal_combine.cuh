@@ -239,6 +239,7 @@ __device__ __forceinline__ void combine(const CombineArgs& a, uint8_t* smem) {
                            : Reducer<true, false>::start(a, scratch, epoch).run();
         }
     }
+    ok = __syncthreads_or(!ok) == 0;  // the first warp that allows it does so for the CTA
     ptx::allow_next_kernel();  // not before: until then it would hold SMs that are not ours
     if (finish(group, kCombineTicket, {kCombineChunks, kCombineTokens}, !ok) && threadIdx.x == 0) {
         group.state->combined = epoch;

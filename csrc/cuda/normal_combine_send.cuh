@@ -209,6 +209,7 @@ struct ChunkSender {
         while (ring.loads > 0) {
             ptx::await_stores_read<kStages - kAhead - 1>();
             ptx::await_stores<kLag - 1>();
+            __syncwarp();  // the other lanes' weights come before the announcement
             if (lane_of() == 0) underway.pass_oldest(outbox);
             __syncwarp();
             load_next();

@@ -158,17 +158,17 @@ __device__ __forceinline__ bool pull_counts(const NotifyArgs& a, uint64_t epoch,
         const int peers[1] = {source};
         ptx::Vector got[1] = {};
         if (!await_vectors<1>(watch, from, peers, holds_tag(v), epoch, got)) return false;
-        if (from[0] == nullptr) continue;
         const int at = 2 * first_granule(v);
         int32_t* to = words + source * per_source;
         bool ok = true;
 #pragma unroll
         for (int h = 0; h < 4; ++h) {
             const uint64_t pair = h < 2 ? got[0].lo : got[0].hi;
-            const bool is_word = (h < 2 || !holds_tag(v)) && at + h < per_source;
-            if (is_word) ok = take_count(a, source, at + h, pair >> (h % 2 * 32), to) && ok;
+            const bool is_word = from[0] != nullptr && (h < 2 || !holds_tag(v));
+            if (is_word && at + h < per_source)
+                ok = take_count(a, source, at + h, pair >> (h % 2 * 32), to) && ok;
         }
-        if (!ok) return false;  // this lane alone; the CTA's next barrier tells the others
+        if (__any_sync(kFullWarp, !ok)) return false;  // the warp waits for tags as one
     }
     return true;
 }
@@ -227,6 +227,7 @@ __device__ __forceinline__ void notify(const NotifyArgs& a, uint8_t* smem) {
     }
     const uint64_t epoch = a.group.state->notified + 1;
     push_counts(a, epoch);
+    if (a.num_tokens == 0) check_no_tokens(a);
     if (!may_run(a.group, Op::kNormalNotify)) return;
     const bool ok = pull_counts(a, epoch, words);
     if (__syncthreads_or(!ok) != 0) return;

@@ -1,9 +1,10 @@
 // Normal operations as the launcher sees them: what a kernel knows of a rank, arguments, sizes.
 //
 // Launch contract of dispatch and combine: one CTA an SM, with the shared memory below. A CTA waits
-// for peers, never for another CTA of its kernel, so that they need not run at the same time. Every
-// kernel may be launched with programmatic dependent launch: it touches no global memory before
-// await_previous_kernel().
+// for peers, never for another CTA of its kernel; but a combine's waits for rows that any CTA of a
+// peer's may send, so that those of all ranks must come to run whatever else waits on their GPUs:
+// what waits at the same time may not ask for more SMs than there are. Every kernel may be launched
+// with programmatic dependent launch: it touches no global memory before await_previous_kernel().
 #pragma once
 
 #include "cuda/view.h"

@@ -35,6 +35,21 @@ __device__ __forceinline__ void count_earlier(const NotifyArgs& a, int64_t token
     __syncthreads();
 }
 
+// One lane: a layout that announces other than what its tokens are would leave peers with rows that
+// never come.
+__device__ __forceinline__ void check_announced(const NotifyArgs& a, int rank, int32_t tokens) {
+    const int32_t announced = a.layout.tokens_per_rank[rank];
+    if (announced == tokens) return;
+    fail(a.group.waits, FaultCode::kCount, Op::kNormalNotify, a.group.rank(),
+         static_cast<uint64_t>(tokens), static_cast<uint32_t>(announced));
+}
+
+// Where no CTA has tokens to place.
+__device__ __forceinline__ void check_no_tokens(const NotifyArgs& a) {
+#pragma unroll 1
+    for (int r = threadIdx.x; r < a.group.num_ranks(); r += kCountThreads) check_announced(a, r, 0);
+}
+
 // The other CTAs: a stretch of tokens each, a warp a rank.
 __device__ __forceinline__ void place_tokens(const NotifyArgs& a, int32_t* earlier) {
     constexpr int kInFlight = 8;
@@ -66,6 +81,7 @@ __device__ __forceinline__ void place_tokens(const NotifyArgs& a, int32_t* earli
                 position += __popc(who);
             }
         }
+        if (end == a.num_tokens && lane_of() == 0) check_announced(a, r, position);
     }
 }
 

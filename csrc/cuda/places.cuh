@@ -24,7 +24,10 @@ __device__ __forceinline__ int place_entry(const View& view, const RecvTarget& t
 #pragma unroll 1
     for (int s = 0; s < source; ++s) row += scratch.count(view, s, byte);
     row += target.format == Format::kBatched ? x * view.max_messages : scratch.first_row[x];
-    return row;
+    if (row < target.num_rows) return row;
+    // Counts that are possible one by one, of more rows than messages have entries.
+    fail(view, FaultCode::kCount, Op::kDispatch, source, target.num_rows, row);
+    return -1;
 }
 
 // Where the scales of a lane's row begin. `x`: its local expert.

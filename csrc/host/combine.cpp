@@ -61,7 +61,8 @@ void announce(const Context& context, const Masks& masks, int chain, const Combi
             store_release(tag_of(slot, context.layout.weights_stride), epoch);
         }
         uint8_t* ready = context.ready_at(d, chain, epoch, context.rank);
-        const uint64_t terms = combine_terms(masks.digest(), in.wire, in.late_weights, *in.routing.dispatched);
+        const uint64_t terms =
+            combine_terms(masks.digest(), in.wire, in.late_weights, *in.routing.dispatched);
         std::memcpy(ready, &terms, sizeof(terms));
         store_release(tag_of(ready, kLineBytes), epoch);
     }
@@ -72,7 +73,8 @@ bool await_ready(const Context& context, Where where, const Masks& masks, const 
                  uint64_t epoch, int r, Waiter* waiter) {
     const uint8_t* line = context.ready_at(context.rank, where.chain, epoch, r);
     if (!waiter->wait(tag_of(line, kLineBytes), r)) return false;
-    const uint64_t ours = combine_terms(masks.digest(), out.wire, out.late_weights, *out.routing.dispatched);
+    const uint64_t ours =
+        combine_terms(masks.digest(), out.wire, out.late_weights, *out.routing.dispatched);
     uint64_t theirs = 0;
     std::memcpy(&theirs, line, sizeof(theirs));
     if (theirs != ours) fail(context, where, FaultCode::kTerms, r, ours, theirs);

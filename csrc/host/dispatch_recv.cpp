@@ -18,6 +18,7 @@ void require_target(const Shape& shape, const RecvTarget& target) {
         if (!holds) throw std::invalid_argument(what);
     };
     require(target.x != nullptr, "RecvTarget.x must not be null");
+    require(target.num_rows > 0, "RecvTarget.num_rows must be positive");
     require(target.recv_count != nullptr, "RecvTarget.recv_count must not be null");
     require(target.num_messages != nullptr, "RecvTarget.num_messages must not be null");
     require(shape.num_scales(target.wire) == 0 || target.scales.words != nullptr,

@@ -74,8 +74,8 @@ Choices route(const Context& context, const Masks& masks, const SendInput& input
     return routing;
 }
 
-void send_counts(const Context& context, const Masks& masks, int chain, uint64_t epoch, RowTerms rows,
-                 const Choices& routing) {
+void send_counts(const Context& context, const Masks& masks, int chain, uint64_t epoch,
+                 RowTerms rows, const Choices& routing) {
     const Shape& shape = context.shape;
     const CountsLayout& layout = context.layout.counts;
     const int local_experts = shape.num_local_experts();

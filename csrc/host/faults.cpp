@@ -45,7 +45,12 @@ void fail(const Context& context, Where where, FaultCode code, int peer, uint64_
     const Masks masks(context);
     for (int r = 0; r < context.shape.num_ranks; ++r) {
         if (masks.has(r) && r != context.rank) continue;
-        replace_zero(context.abort_word(r), word);  // the first cause stays
+        // The first cause stays, but for what a masked rank said, which stops nobody.
+        if (replace_zero(context.abort_word(r), word)) continue;
+        const uint64_t first = load_relaxed(context.abort_word(r));
+        if (first != 0 && masks.has(abort_rank(first))) {
+            replace(context.abort_word(r), first, word);
+        }
     }
 }
 

@@ -60,7 +60,8 @@ void check_small_block(const Sizes& s, int grid) {
 
 // A rank that announces what no rank can have: everybody names it, and takes nothing of it.
 void check_damaged_counts(const Sizes& s, int grid) {
-    for (const int32_t damaged : {-1, normal::kMaxTokensPerRank + 1}) {
+    constexpr int32_t kMost = normal::kMaxTokensPerRank * kMaxTopk;  // rows of an expert
+    for (const int32_t damaged : {-1, kMost + 1}) {
         Test test(s, grid, grid, grid, 3);
         const int culprit = s.num_ranks - 1;
         std::vector<Input> inputs;
@@ -68,7 +69,7 @@ void check_damaged_counts(const Sizes& s, int grid) {
         for (int r = 0; r < s.num_ranks; ++r) inputs.push_back(draw(s, test.random));
         test.on_devices(s.num_ranks,
                         [&](int r) { return test.layout_kernel(r, inputs[r], true, tables[r]); });
-        tables[culprit].per_rank[0] = damaged;
+        tables[culprit].per_expert[0] = damaged;
         const Tables before = tables[0];
         for (int r = 0; r < s.num_ranks; ++r) test.device.state(r).budget_ns = 200'000'000;
         test.on_devices(s.num_ranks,
@@ -82,7 +83,7 @@ void check_damaged_counts(const Sizes& s, int grid) {
             CHECK(fault.peer == culprit);
             if (code == FaultCode::kCount) {
                 ++counted;
-                CHECK(fault.expected == static_cast<uint64_t>(normal::kMaxTokensPerRank));
+                CHECK(fault.expected == static_cast<uint64_t>(kMost));
                 CHECK(fault.seen == static_cast<uint32_t>(damaged));
             }
             CHECK(test.device.state(r).notified == 0);
@@ -165,6 +166,9 @@ int main(int argc, char** argv) {
         check_small_block(sizes, grid);
         check_damaged_counts(sizes, grid);
         check_absent_rank(sizes, grid);
+    }
+    if (test.everywhere && sizes.num_ranks > 32 && test.packed == 0) {
+        check_damaged_counts(sizes, grid);  // pulled in several rounds
     }
     std::puts("the kernels' steps and the host backend agree");
     if (test.packed + test.raw != 0) std::printf("%d %d\n", test.packed, test.raw);

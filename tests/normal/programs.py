@@ -144,6 +144,16 @@ def layout_then_dispatch(
     return found, snapshot(buffer, received)
 
 
+def dispatch_contradicting(
+    buffer: NormalBuffer, tokens: RankTokens, num_experts: int, more: int
+) -> Rows:
+    """Along a layout that announces `more` tokens for the last rank than it sends there."""
+    idx, weights = tokens.topk_idx.to(buffer.device), tokens.topk_weights.to(buffer.device)
+    layout = buffer.layout(idx, num_experts)
+    layout.tokens_per_rank[-1] += more
+    return snapshot(buffer, buffer.dispatch(rows_of(buffer, tokens), idx, weights, layout=layout))
+
+
 def dispatch_everywhere(buffer: NormalBuffer, tokens: RankTokens) -> Rows:
     """Every row to all ranks, along a layout that no topk_idx stands behind; kept as "last"."""
     ranks, count = buffer.num_ranks, tokens.x.shape[0]

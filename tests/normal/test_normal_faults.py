@@ -172,6 +172,25 @@ def test_more_rows_than_the_worst_case_are_never_written(
     good_dispatch(group, rng)
 
 
+@pytest.mark.parametrize("tokens", [0, 7])
+@pytest.mark.parametrize("more", [1, -1])
+def test_a_layout_that_contradicts_itself_is_told(
+    open_group: OpenGroup, place: Place, rng: torch.Generator, tokens: int, more: int
+) -> None:
+    """Peers would keep, or wait for, rows that never come."""
+    group, ranks = open_group(**SIZES), place.num_ranks
+    group.run(programs.query, [("set_time_budget", BUDGET_S)] * ranks)
+    inputs = [random_tokens(rng, tokens, 256, 4, EXPERTS) for _ in range(ranks)]
+    calls = [(one, EXPERTS, more if r == 0 else 0) for r, one in enumerate(inputs)]
+    group.outcomes(programs.dispatch_contradicting, calls)
+    outcomes = group.outcomes(settle, [()] * ranks)
+    assert all(isinstance(one, DesyncError) for one in outcomes), outcomes
+    assert "rank 0" in str(outcomes[0])
+    assert "the layout it passed is not that of its tokens" in str(outcomes[0])
+    group.run(programs.query, [("reset",)] * ranks)
+    good_dispatch(group, rng)
+
+
 def stray_bytes(buffer: NormalBuffer, start: int) -> int:
     """Bytes of the pool from `start` on that are no longer poison."""
     sizes = buffer.heap_sizes

@@ -120,6 +120,7 @@ class Received:
             format=self.recv_format,
             alignment=self.alignment,
             x=self.x.data_ptr(),
+            num_rows=self.x.shape[0],
             scales=self.scales.data_ptr() if self.sizes.fp8 else 0,
             recv_count=self.recv_count.data_ptr(),
             expert_offset=self.expert_offset.data_ptr() if contiguous else 0,

@@ -161,6 +161,7 @@ def target(shape: _C.Shape = SHAPE, **change: int) -> _C.RecvTarget:
         128,
     )
     formats = {"format": _C.RECV_BATCHED, "wire": _C.WIRE_FP8, "alignment": 1, "routing": 128}
+    formats["num_rows"] = 1
     return _C.RecvTarget(shape, **(formats | arguments | change))
 
 
