@@ -41,7 +41,7 @@ SendInput make_send_input(const Shape& shape, uintptr_t routing, int32_t wire, b
 }
 
 RecvTarget make_target(const Shape& shape, uintptr_t routing, int32_t format, int32_t wire,
-                       int32_t alignment, uintptr_t x, int64_t num_rows, uintptr_t scales,
+                       int32_t alignment, uintptr_t x, int32_t num_rows, uintptr_t scales,
                        bool ue8m0, int32_t scale_expert_stride, int32_t scale_row_stride,
                        int32_t scale_group_stride, uintptr_t recv_count, uintptr_t expert_offset,
                        uintptr_t topk_idx, uintptr_t topk_weights, uintptr_t num_messages,

@@ -54,7 +54,10 @@ class Buffer(CallOrder):
 
     On a GPU operations run on the current stream of each call. Those of one chain must run in the
     order in which they were called, sends and waits alike: calls on one stream do; across streams
-    the caller orders them with events.
+    the caller orders them with events. Chains on streams of their own share the GPU: a receive may
+    fill it, and keep another chain's send, which a peer waits for, from starting. Let every send
+    begin before any receive (events between them), or set EP_NUM_SMS so that those which wait at
+    the same time fit side by side.
     """
 
     def __init__(

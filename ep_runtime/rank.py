@@ -198,9 +198,9 @@ class Rank(Masks, Member):
         Ranks of processes meet before and after, but those that are masked; virtual ranks are reset
         one by one, all of them before the next operation. Masks stay. What was sent and not waited
         for is dropped: its wait() raises SequenceError, and so does a combine of a handle from
-        before. Raises PeerTimeout if a rank does not come (call it again on every rank, with no
-        operation in between, or mask that one on all others first), ConfigError if ranks have
-        different masks.
+        before (do not replay a graph that combines one). Raises PeerTimeout if a rank does not come
+        (call it again on every rank, with no operation in between, or mask that one on all others
+        first), ConfigError if ranks have different masks.
         """
         self._ops.synchronize()
         self.world.between_meetings(self._forget_all, self.masked_ranks())

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from ep_runtime.config import DispatchFormat, EpConfig, ScaleFormat
+from ep_runtime.errors import ConfigError
 from ep_runtime.handles import Handle, Received, Uses
 from ep_runtime.layout import FORMAT, SCALE_GROUP, WIRE, layout_of, shape_of
 from ep_runtime.native import _C
 
 SCALES_PER_WORD = {"float32": 1, "ue8m0": 4}
+_MOST_SCALE_WORDS = 2**31 - 1
 
 
 @dataclass(slots=True)
@@ -182,6 +185,13 @@ def _scales(
         groups = config.hidden // SCALE_GROUP
         words = -(-groups // SCALES_PER_WORD[scale_format])
         dtype = torch.float32 if scale_format == "float32" else torch.int32
+    count = math.prod((*lead, words))
+    if count > _MOST_SCALE_WORDS:
+        raise ConfigError(
+            f"the scales of a dispatch would be {count} words of 4 bytes: kernels address at most"
+            f" {_MOST_SCALE_WORDS}; use recv_format='contiguous' or 'compact', fewer max_tokens or"
+            " fewer scales a row"
+        )
     if column_major:
         shape = (*lead[:-1], words, lead[-1])
         return make(shape, dtype=dtype, device=device).transpose(-1, -2)

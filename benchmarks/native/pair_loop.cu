@@ -163,7 +163,7 @@ void run_rank(int me, const Case& c, const Place& place, Shared& shared) {
                             .wire = c.wire,
                             .alignment = 1,
                             .x = received.data(),
-                            .num_rows = static_cast<int64_t>(rows),
+                            .num_rows = static_cast<int32_t>(rows),
                             .scales = {reinterpret_cast<uint32_t*>(scales.data()), false,
                                        s.max_messages() * kGroups, kGroups, 1},
                             .recv_count = recv_count.data(),

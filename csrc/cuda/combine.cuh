@@ -104,7 +104,7 @@ __device__ __forceinline__ void each_item(const View& view, const CombineInput& 
                                           const Turn& turn, Share share, FirstItem next,
                                           Each each) {
     if (kOwn == OwnRows::kDirect && view.num_ranks == 1) return;
-    if (__any_sync(kFullWarp, turn.given_up)) return;
+    if (turn.given_up()) return;
     const int most = next.most_received(view, in.routing);
 #pragma unroll 1
     for (int i = share.first; next.item.slot < most;) {
@@ -202,7 +202,7 @@ template <class Unit, OwnRows kOwn, Weights kWeights>
 __device__ __forceinline__ void receive_sums(const View& view, const CombineInput& in,
                                              const CombineOutput& out, const Turn& turn,
                                              Share share, int part) {
-    if (__any_sync(kFullWarp, turn.given_up)) return;
+    if (turn.given_up()) return;
     const CombineTokens tokens = combine_tokens(view, out);
     Watch watch{view, Op::kCombine};
 #pragma unroll 1

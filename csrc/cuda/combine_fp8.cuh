@@ -180,7 +180,7 @@ struct Fp8Sums {
     static __device__ __forceinline__ void receive(const View& view, const CombineInput& in,
                                                    const CombineOutput& out, const Turn& turn,
                                                    Share share) {
-        if (__any_sync(kFullWarp, turn.given_up)) return;
+        if (turn.given_up()) return;
         const CombineTokens tokens = combine_tokens(view, out);
         Watch watch{view, Op::kCombine};
 #pragma unroll 1

@@ -7,11 +7,12 @@
 namespace ep {
 
 __device__ __forceinline__ void note_combined(const View& view, const CombineInput& in,
-                                              Absent absent) {
+                                              const Turn& turn) {
+    if (turn.given_up()) return;
     uint64_t messages = 0;
 #pragma unroll 1
     for (int s = 0; s < view.num_ranks; ++s) {
-        if (!absent.has(view, s)) messages += in.routing.received[s];
+        if (!turn.absent.has(view, s)) messages += in.routing.received[s];
     }
     const int bytes = in.wire == Wire::kFp8 ? view.fp8_sum_bytes : 2 * view.hidden;
     add_statistic(view.stats->bytes_combined, messages * bytes);
@@ -35,7 +36,7 @@ __device__ __forceinline__ void report_combine_reader(const View& view, uint64_t
 // The word comes with the terms that all ranks must share.
 __device__ __forceinline__ void announce_combine(const View& view, const CombineInput& in,
                                                  const Turn& turn) {
-    if (threadIdx.x >= 32) return;
+    if (threadIdx.x >= 32 || turn.given_up()) return;
     const int64_t line = view.ready_out + (turn.epoch & 1) * view.num_ranks * kLineBytes;
     const uint64_t terms =
         combine_terms(turn.absent.digest(view), in.wire, in.late_weights, *in.routing.dispatched);
@@ -50,6 +51,7 @@ __device__ __forceinline__ void announce_combine(const View& view, const Combine
 // know its epoch.
 __device__ __noinline__ inline void settle_combine(const View& view, const CombineOutput& out,
                                                    Turn turn) {
+    if (turn.given_up()) return;
     const uint64_t epoch = turn.epoch;
     const uint64_t terms = combine_terms(turn.absent.digest(view), out.wire, out.late_weights,
                                          *out.routing.dispatched);
@@ -106,7 +108,7 @@ __device__ __forceinline__ void combine_send(const View& view, const CombineInpu
     table.push(view, in, turn, true);
     if (blockIdx.x == 0) {
         announce_combine(view, in, turn);
-        if (threadIdx.x == 0) note_combined(view, in, turn.absent);
+        if (threadIdx.x == 0) note_combined(view, in, turn);
     } else {
         Sums::template send<OwnRows::kThroughInbox, kWeights>(view, in, turn, share_after(1),
                                                               first);
@@ -138,7 +140,7 @@ __device__ __forceinline__ void combine_both(const View& view, const CombineInpu
         announce_combine(view, in, turn);
         report_combine_reader(view, turn.epoch);
         if (keeps_order()) settle_combine(view, out, turn);
-        if (threadIdx.x == 0) note_combined(view, in, turn.absent);
+        if (threadIdx.x == 0) note_combined(view, in, turn);
     } else if (index < send_ctas) {
         Sums::template send<kOwn, kWeights>(view, in, turn, Share::of(index, send_ctas), first);
         report_combine_reader(view, turn.epoch);

@@ -33,6 +33,7 @@ struct OwnTable<Weights::kLate> {
     // All CTAs: to every rank; to this one where it looks for its own there too.
     __device__ __forceinline__ void push(const View& view, const CombineInput& in, const Turn& turn,
                                          bool to_us) const {
+        if (turn.given_up()) return;
         const int count = floats(view, in);
         const int vectors = (count + kFloatsPerLine - 1) / kFloatsPerLine * kVectorsPerLine;
         float now[4] = {first[0], first[1], first[2], first[3]};

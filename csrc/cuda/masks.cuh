@@ -52,9 +52,12 @@ static_assert(RankMask::kWords == 2);
 
 // What an operation works at: its epoch, and without whom.
 struct Turn {
-    uint64_t epoch;
+    uint64_t epoch;  // of a combine 0: see given_up()
     Absent absent;
-    bool given_up;  // this rank, in an operation before: what its dispatch left may be unfinished
+
+    // This rank gave up in an operation before: what its dispatch left may be unfinished, and no
+    // warp of a combine follows it. In the epoch, as registers are few; the same for a whole warp.
+    __device__ __forceinline__ bool given_up() const { return epoch == 0; }
 };
 
 }  // namespace ep

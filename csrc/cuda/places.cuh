@@ -15,18 +15,16 @@ __device__ __forceinline__ int place_entry(const View& view, const RecvTarget& t
     if (x < 0 || x >= local_experts) return -1;
     const int byte = RecvScratch::byte_of(CountsLayout::kRows + x);
     const int32_t announced = scratch.count(view, source, byte);
-    if (static_cast<uint32_t>(entry.position) >= static_cast<uint32_t>(announced)) {
-        // A damaged heap: the row would lie beyond the source's own.
-        fail(view, FaultCode::kCount, Op::kDispatch, source, announced, entry.position);
-        return -1;
-    }
     int row = entry.position;
 #pragma unroll 1
     for (int s = 0; s < source; ++s) row += scratch.count(view, s, byte);
     row += target.format == Format::kBatched ? x * view.max_messages : scratch.first_row[x];
-    if (row < target.num_rows) return row;
-    // Counts that are possible one by one, of more rows than messages have entries.
-    fail(view, FaultCode::kCount, Op::kDispatch, source, target.num_rows, row);
+    const bool announces = static_cast<uint32_t>(entry.position) < static_cast<uint32_t>(announced);
+    if (announces && row < target.num_rows) return row;
+    // A damaged heap: the row would lie beyond the source's own, or, of counts that are possible
+    // one by one, beyond all that messages have entries for.
+    fail(view, FaultCode::kCount, Op::kDispatch, source, announces ? target.num_rows : announced,
+         announces ? row : entry.position);
     return -1;
 }
 

@@ -85,12 +85,17 @@ __device__ __noinline__ inline void record_routing(const View& view, int dropped
 
 __device__ __noinline__ inline void abort_group(const View& view, FaultCode code, int peer) {
     const unsigned long long word = pack_abort(code, view.names.of(view.rank), view.names.of(peer));
+#pragma unroll 1
     for (int r = 0; r < view.num_ranks; ++r) {
         if (r != view.rank && is_masked(view, r)) continue;
         // The first cause stays, but for what a masked rank said, which stops nobody.
         auto* const there = reinterpret_cast<unsigned long long*>(abort_word(view, r));
-        const unsigned long long first = atomicCAS_system(there, 0ull, word);
-        if (first != 0 && is_masked(view, abort_rank(first))) atomicCAS_system(there, first, word);
+        unsigned long long first = 0;
+        while (true) {
+            const unsigned long long was = atomicCAS_system(there, first, word);
+            if (was == first || was == 0 || !is_masked(view, abort_rank(was))) break;
+            first = was;
+        }
     }
 }
 

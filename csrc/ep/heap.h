@@ -114,7 +114,7 @@ struct RecvTarget {
     Wire wire;
     int32_t alignment;       // contiguous: each expert's first row is a multiple of it
     uint8_t* x;              // batched [L, R*M, H], contiguous [rows, H], compact [R*M, H]
-    int64_t num_rows;        // of x, those of all experts
+    int32_t num_rows;        // of x, those of all experts
     ScaleTarget scales;
     int32_t* recv_count;     // [L]
     int32_t* expert_offset;  // contiguous: [L + 1]

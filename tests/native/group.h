@@ -110,7 +110,7 @@ struct Tensors {
                 .wire = call.wire,
                 .alignment = kAlignment,
                 .x = x.data(),
-                .num_rows = int64_t{columns} * (batched ? s.num_local_experts() : 1),
+                .num_rows = columns * (batched ? s.num_local_experts() : 1),
                 .scales = {scales.data(), false, columns * s.num_scales(call.wire), 1, columns},
                 .recv_count = recv_count.data(),
                 .expert_offset = expert_offset.data(),

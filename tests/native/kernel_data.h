@@ -117,7 +117,7 @@ struct Output {
                 .wire = wire,
                 .alignment = kAlignment,
                 .x = x.data(),
-                .num_rows = int64_t{rows} * (batched ? s.num_local_experts() : 1),
+                .num_rows = rows * (batched ? s.num_local_experts() : 1),
                 .scales = {scales.data(), ue8m0, rows * words, 1, rows},
                 .recv_count = recv_count.data(),
                 .expert_offset = expert_offset.data(),

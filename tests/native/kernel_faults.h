@@ -206,7 +206,7 @@ void check_too_many_rows(int grid) {
         std::memcpy(counts + RecvScratch::byte_of(CountsLayout::kRows + x), &most, sizeof(most));
     }
     RecvTarget target = outputs[1].target(shape, test.format, shape.wire, false);
-    target.num_rows = shape.max_messages() + int64_t{shape.num_local_experts()} * (kAlignment - 1);
+    target.num_rows = shape.max_messages() + shape.num_local_experts() * (kAlignment - 1);
     auto* behind = outputs[1].x.data() + target.num_rows * shape.row_bytes(shape.wire);
     const std::vector<uint8_t> before(behind, outputs[1].x.data() + outputs[1].x.size());
     emulator::run({test.emulated(ctx, 0, shape.wire).dispatch_recv_kernel(target)}, test.random);

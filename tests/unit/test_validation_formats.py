@@ -11,6 +11,8 @@ import torch
 from good_calls import CONFIG, ROWS, bf16, dispatch
 
 from ep_runtime import Buffer, ConfigError, EpConfig, SequenceError, ShapeError, virtual_ranks
+from ep_runtime.handles import Uses
+from ep_runtime.receive import allocate_receive
 
 
 @pytest.fixture
@@ -172,3 +174,19 @@ def test_compact_hands_weights_to_experts_and_cannot_have_them_late() -> None:
     (buffer,) = virtual_ranks(replace(CONFIG, recv_format="compact"), 1, "host")
     with buffer, pytest.raises(ShapeError, match="topk_weights is None.*'compact'"):
         dispatch(buffer, topk_weights=None)
+
+
+def test_more_scales_than_kernels_address_are_refused() -> None:
+    config = EpConfig(
+        num_experts=1024,
+        topk=8,
+        hidden=4096,
+        max_tokens=8192,
+        dispatch_format="opaque",
+        opaque_row_bytes=4096,
+        opaque_scale_words=448,
+        recv_format="batched",
+    )
+    rows = ("opaque", "float32", False, False)
+    with pytest.raises(ConfigError, match=r"3758096384 words.*at most 2147483647.*contiguous"):
+        allocate_receive(config, 8, torch.device("meta"), object(), Uses(), *rows)
