@@ -54,7 +54,7 @@ def test_what_reset_dropped_does_not_take_what_is_sent_next(buffer: Buffer) -> N
     assert received.recv_count.tolist() == [5, 5, 5, 5, 0, 0, 0, 0]
     back = buffer.combine(bf16(8, 16, 256), received.handle)
     buffer.reset()
-    again = buffer.combine(bf16(8, 16, 256), received.handle)
+    again = buffer.combine(bf16(8, 16, 256), dispatch(buffer).wait().handle)
     with pytest.raises(SequenceError, match="combine of chain 0 that was dropped"):
         back.wait()
     again.wait()
