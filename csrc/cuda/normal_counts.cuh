@@ -165,8 +165,9 @@ __device__ __forceinline__ bool pull_counts(const NotifyArgs& a, uint64_t epoch,
         for (int h = 0; h < 4; ++h) {
             const uint64_t pair = h < 2 ? got[0].lo : got[0].hi;
             const bool is_word = from[0] != nullptr && (h < 2 || !holds_tag(v));
-            if (is_word && at + h < per_source)
+            if (is_word && at + h < per_source) {
                 ok = take_count(a, source, at + h, pair >> (h % 2 * 32), to) && ok;
+            }
         }
         if (__any_sync(kFullWarp, !ok)) return false;  // the warp waits for tags as one
     }
