@@ -104,7 +104,7 @@ __device__ __forceinline__ void each_item(const View& view, const CombineInput& 
                                           const Turn& turn, Share share, FirstItem next,
                                           Each each) {
     if (kOwn == OwnRows::kDirect && view.num_ranks == 1) return;
-    if (__any_sync(kFullWarp, turn.given_up())) return;
+    if (turn.given_up()) return;
     const int most = next.most_received(view, in.routing);
 #pragma unroll 1
     for (int i = share.first; next.item.slot < most;) {
@@ -155,7 +155,6 @@ __device__ __forceinline__ bool gather_sums(const View& view, const CombineInput
     if (kOwn == OwnRows::kDirect) {
         const int slot = turn.absent.has(view, view.rank) ? -1 : sent[view.rank];
         if (slot >= 0) {
-            if (__any_sync(kFullWarp, turn.given_up())) return false;
             const RowRef ref = load_ref(view, in.routing, view.rank, slot);
             const float weight = own_weight<kWeights>(view, in, ref);
             // Rounded as if it had travelled.
@@ -203,6 +202,7 @@ template <class Unit, OwnRows kOwn, Weights kWeights>
 __device__ __forceinline__ void receive_sums(const View& view, const CombineInput& in,
                                              const CombineOutput& out, const Turn& turn,
                                              Share share, int part) {
+    if (turn.given_up()) return;
     const CombineTokens tokens = combine_tokens(view, out);
     Watch watch{view, Op::kCombine};
 #pragma unroll 1
@@ -217,7 +217,6 @@ __device__ __forceinline__ void receive_sums(const View& view, const CombineInpu
             !gather_sums<kOwn, kWeights>(view, in, watch, sent, unit, extent, turn, row)) {
             return;
         }
-        if (__any_sync(kFullWarp, turn.given_up())) return;
         auto* to = reinterpret_cast<uint8_t*>(out.out + static_cast<int64_t>(token) * view.hidden) +
                    unit * kSumBytes;
 #pragma unroll

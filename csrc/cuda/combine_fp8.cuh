@@ -123,7 +123,6 @@ __device__ __forceinline__ bool gather_unit(const View& view, const CombineInput
     if (kOwn == OwnRows::kDirect) {
         const int slot = turn.absent.has(view, view.rank) ? -1 : sent[view.rank];
         if (slot >= 0) {
-            if (__any_sync(kFullWarp, turn.given_up())) return false;
             const RowRef ref = load_ref(view, in.routing, view.rank, slot);
             const float weight = own_weight<kWeights>(view, in, ref);
             // Rounded as if it had travelled.
@@ -181,6 +180,7 @@ struct Fp8Sums {
     static __device__ __forceinline__ void receive(const View& view, const CombineInput& in,
                                                    const CombineOutput& out, const Turn& turn,
                                                    Share share) {
+        if (turn.given_up()) return;
         const CombineTokens tokens = combine_tokens(view, out);
         Watch watch{view, Op::kCombine};
 #pragma unroll 1
@@ -194,7 +194,6 @@ struct Fp8Sums {
                 !gather_unit<kOwn, kWeights>(view, in, watch, sent, unit, turn, result)) {
                 return;
             }
-            if (__any_sync(kFullWarp, turn.given_up())) return;
             auto* row =
                 reinterpret_cast<uint8_t*>(out.out) + static_cast<int64_t>(token) * view.hidden * 2;
             const int lines = fp8_lines(view, unit);

@@ -55,8 +55,8 @@ struct Turn {
     uint64_t epoch;  // of a combine 0: see given_up()
     Absent absent;
 
-    // This rank gave up in an operation before: what its dispatch left may be unfinished, and
-    // nothing in a combine follows it. In the epoch, as registers are few.
+    // This rank gave up in an operation before: what its dispatch left may be unfinished, and no
+    // warp of a combine follows it. In the epoch, as registers are few; the same for a whole warp.
     __device__ __forceinline__ bool given_up() const { return epoch == 0; }
 };
 
