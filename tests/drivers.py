@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -147,25 +148,28 @@ class Driver:
 
     def receive_alone(self, chain: int = 0) -> None:
         """Receive although neighbours may not have sent, then raise what came of it."""
-        order, self.buffer._order = self.buffer._order, None
-        try:
+        with self._without_order():
             self.receive(chain)
             self.check()
-        finally:
-            self.buffer._order = order
 
     def combine_unreceived(self, chain: int = 0) -> None:
         """Receive although neighbours may not have sent, and combine before anybody has looked at
         what came of it; then raise that."""
-        order, self.buffer._order = self.buffer._order, None
-        try:
+        with self._without_order():
             received = self.pending.pop(("dispatch", chain)).wait()
             shape = (*received.x.shape[:-1], self.buffer.config.hidden)
             y = torch.zeros(shape, dtype=torch.bfloat16, device=self.buffer.device)
             self.buffer.combine(y, received.handle).wait()
+        self.check()
+
+    @contextmanager
+    def _without_order(self) -> Iterator[None]:
+        """Nothing refuses a receive whose neighbours on the same device have not sent."""
+        order, self.buffer._order = self.buffer._order, None
+        try:
+            yield
         finally:
             self.buffer._order = order
-        self.check()
 
     def check(self) -> None:
         """Raise what the device has recorded by now."""

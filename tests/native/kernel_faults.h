@@ -176,18 +176,23 @@ void check_absent_rank(const Shape& shape, Format format, int grid) {
     CHECK(told.peer == static_cast<int>(absent));
 }
 
+// One choice a token, short rows: enough where only what goes wrong matters.
+Shape small_shape(int num_ranks, int num_experts) {
+    return {.num_ranks = num_ranks,
+            .num_experts = num_experts,
+            .topk = 1,
+            .hidden = 128,
+            .max_tokens = kMaxTokensHere,
+            .num_chains = kChains,
+            .wire = Wire::kBf16,
+            .opaque_row_bytes = 0,
+            .opaque_scales = 0};
+}
+
 // Counts that each are possible, but not together: more rows than the messages have entries. They
 // would lie beyond the received rows.
 void check_too_many_rows(int grid) {
-    const Shape shape{.num_ranks = 2,
-                      .num_experts = 24,
-                      .topk = 1,
-                      .hidden = 128,
-                      .max_tokens = kMaxTokensHere,
-                      .num_chains = kChains,
-                      .wire = Wire::kBf16,
-                      .opaque_row_bytes = 0,
-                      .opaque_scales = 0};
+    const Shape shape = small_shape(2, 24);
     Test test(shape, Format::kContiguous, grid, 4);
     give_budget(test, 200);
     Input input = draw(shape, test.random);  // every token to the expert whose rows come last
@@ -217,15 +222,7 @@ void check_too_many_rows(int grid) {
 // What a masked rank said of others lies at a rank that has not looked yet: a real cause takes its
 // place.
 void check_abort_after_a_masked_one(Format format, int grid) {
-    const Shape shape{.num_ranks = 4,
-                      .num_experts = 4,
-                      .topk = 1,
-                      .hidden = 128,
-                      .max_tokens = kMaxTokensHere,
-                      .num_chains = kChains,
-                      .wire = Wire::kBf16,
-                      .opaque_row_bytes = 0,
-                      .opaque_scales = 0};
+    const Shape shape = small_shape(4, 4);
     Test test(shape, format, grid, 5);
     give_budget(test, 50);
     for (size_t r = 1; r < 4; ++r) {
