@@ -217,7 +217,7 @@ __device__ __forceinline__ void combine(const CombineArgs& a, uint8_t* smem) {
     const uint64_t epoch = group.state->combined + 1;  // the last CTA moves it on
     if (blockIdx.x == 0 && warp_of() == 0) {
         publish_credit(group, group.control.combine_credit_offset,
-                       {a.work.inbox_offset, 0, epoch, a.terms()});
+                       {a.work.inbox_offset, 0, epoch, a.work.terms()});
     }
     find_sources(a, scratch.sources);
     if (threadIdx.x < kSendWarps) {

@@ -217,7 +217,7 @@ struct ChunkSender {
             const Homeward home = scratch.sources[what.source];
             const auto layout = InboxLayout::make(home.in_inbox, a.work.hidden, a.work.topk);
             uint8_t* inbox =
-                inboxes.open(a.group, watch, what.source, layout.bytes, a.terms(), epoch);
+                inboxes.open(a.group, watch, what.source, layout.bytes, a.work.terms(), epoch);
             if (inbox == nullptr) break;
             store_piece(what, home, inbox, layout, underway);
         }

@@ -201,8 +201,6 @@ struct CombineArgs {
     Pieces parts;  // as they are added
     Group group;
 
-    EP_HD uint64_t terms() const { return pack_terms(2LL * work.hidden, 0, work.topk, 0); }
-
     // Of a kernel of so many CTAs.
     static CombineArgs make(const NormalCombine& work, const NormalTables& tables, int ctas,
                             const Group& group) {

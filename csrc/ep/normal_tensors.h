@@ -61,6 +61,8 @@ struct NormalCombine {
     bool may_pack = true;  // CUDA: rows may travel as packed pieces
 
     EP_HD int64_t row(int64_t index) const { return order == nullptr ? index : order[index]; }
+    // What its credits say.
+    EP_HD uint64_t terms() const { return normal::pack_terms(2LL * hidden, 0, topk, 0); }
 };
 
 }  // namespace ep

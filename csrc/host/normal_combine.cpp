@@ -31,9 +31,7 @@ void NormalRank::combine(const NormalCombine& work, const NormalTables& tables) 
     require_block(work.inbox_offset, InboxLayout::make(rows, work.hidden, work.topk).bytes,
                   "inbox");
     const uint64_t epoch = state_->combined + 1;
-    publish_credit(
-        control_.combine_credit_offset,
-        {work.inbox_offset, rows, epoch, normal::pack_terms(2LL * work.hidden, 0, work.topk, 0)});
+    publish_credit(control_.combine_credit_offset, {work.inbox_offset, rows, epoch, work.terms()});
     Waiter waiter(context_, kCombine, epoch);
     for (int i = 1; i < num_ranks; ++i) {
         const int s = (me + i) % num_ranks;
@@ -58,8 +56,7 @@ bool NormalRank::send_back(const NormalCombine& work, const int32_t* rank_prefix
     const int64_t row_bytes = 2LL * work.hidden;
     const auto layout =
         InboxLayout::make(inbox_row(rank_prefix, source, num_ranks), work.hidden, work.topk);
-    const uint64_t terms = normal::pack_terms(row_bytes, 0, work.topk, 0);
-    if (!fits(granted, layout.bytes, terms, kCombine, source)) return false;
+    if (!fits(granted, layout.bytes, work.terms(), kCombine, source)) return false;
     uint8_t* inbox = data_[source] + granted.offset;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t row = work.row(from + i);
