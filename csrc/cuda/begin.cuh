@@ -29,7 +29,8 @@ __device__ __forceinline__ void fetch_arguments(const Args& args, int threads) {
 //
 // A group that gave up is reported, not obeyed: its sends write what nobody reads, and its waits
 // end at their first check. To stop here, a whole CTA would have to agree first, on the way to the
-// wire. But where this rank gave up itself, no warp of a combine does anything.
+// wire. But where this rank gave up itself, no warp of a combine does anything: its chain has ended
+// (end_chain), which a warp finds where it reads its epoch.
 template <class Args, class Prepare, class Ask>
 __device__ __forceinline__ Turn begin(const Args& args, Op op, Prepare prepare, Ask ask) {
     const View& view = args.view;
@@ -42,7 +43,7 @@ __device__ __forceinline__ Turn begin(const Args& args, Op op, Prepare prepare, 
     const ChainState& state = *view.state;
     uint64_t epoch = (op == Op::kDispatch ? state.dispatched : state.combined) + 1;
     const Absent absent = Absent::load(view);
-    if (op == Op::kCombine && __any_sync(kFullWarp, *view.fault_claim != 0)) epoch = 0;
+    if (op == Op::kCombine && __any_sync(kFullWarp, epoch == 0)) epoch = 0;
     if (blockIdx.x == 0 && static_cast<int>(threadIdx.x) == threads - 1) {
         const uint64_t word = ptx::load_relaxed_sys(abort_word(view, view.rank));
         if (word != 0) heed_abort(view, op, word);

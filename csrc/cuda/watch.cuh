@@ -24,6 +24,12 @@ __device__ __forceinline__ void add_statistic(uint64_t& total, uint64_t more) {
     atomicAdd(reinterpret_cast<unsigned long long*>(&total), static_cast<unsigned long long>(more));
 }
 
+// The same for what only grows.
+__device__ __forceinline__ void raise_to(uint64_t& counter, uint64_t value) {
+    atomicMax(reinterpret_cast<unsigned long long*>(&counter),
+              static_cast<unsigned long long>(value));
+}
+
 // A receive moves its chain's counter on, which is safe once every CTA of the kernel has read it:
 // each says so, and one warp waits for all. It need not wait long: the CTAs are resident together,
 // and this comes after the wait for peers. (An operation that gave up leaves its readers counted
@@ -43,7 +49,13 @@ __device__ __forceinline__ void advance(uint64_t& counter, uint32_t& readers, ui
     while (!have_read) have_read = all_have_read(readers);
     if ((threadIdx.x & 31) != 0) return;
     readers = 0;
-    counter = epoch;
+    raise_to(counter, epoch);
+}
+
+// This rank leaves an operation of its chain unfinished, and no combine may follow it. (Normal
+// operations have no chain; they ask may_run.)
+__device__ __forceinline__ void end_chain(const View& view) {
+    if (view.state != nullptr) raise_to(view.state->combined, ChainState::kEnded);
 }
 
 // The first fatal fault on this rank wins; the code is written last (the host reads it first).
@@ -85,16 +97,16 @@ __device__ __noinline__ inline void record_routing(const View& view, int dropped
 
 __device__ __noinline__ inline void abort_group(const View& view, FaultCode code, int peer) {
     const unsigned long long word = pack_abort(code, view.names.of(view.rank), view.names.of(peer));
+    end_chain(view);
 #pragma unroll 1
     for (int r = 0; r < view.num_ranks; ++r) {
         if (r != view.rank && is_masked(view, r)) continue;
         // The first cause stays, but for what a masked rank said, which stops nobody.
         auto* const there = reinterpret_cast<unsigned long long*>(abort_word(view, r));
-        unsigned long long first = 0;
-        while (true) {
-            const unsigned long long was = atomicCAS_system(there, first, word);
-            if (was == first || was == 0 || !is_masked(view, abort_rank(was))) break;
-            first = was;
+        const unsigned long long first = atomicCAS_system(there, 0ull, word);
+        const int by = abort_rank(first);
+        if (by >= 0 && view.mask != nullptr && view.mask->has(by)) {
+            atomicCAS_system(there, first, word);
         }
     }
 }
@@ -114,6 +126,7 @@ __device__ __noinline__ inline void fail(const View& view, FaultCode code, Op op
 
 // Somebody else gave up: who, and on whom.
 __device__ __noinline__ inline void record_abort(const View& view, Op op, uint64_t word) {
+    end_chain(view);
     if (abort_rank(word) == view.names.of(view.rank)) return;
     record_fault(view, Fault{.code = static_cast<uint32_t>(FaultCode::kAborted),
                              .op = static_cast<uint32_t>(op),

@@ -8,8 +8,9 @@ namespace ep {
 // Dispatches and combines of a chain are two sequences that do not depend on each other. An
 // operation works at its counter + 1; its receive leaves it there, once all its CTAs have read it.
 struct ChainState {
+    static constexpr uint64_t kEnded = ~0ull;  // so that the epoch after it is 0: Turn::given_up
     uint64_t dispatched;
-    uint64_t combined;
+    uint64_t combined;  // on CUDA kEnded where this rank gave up, until reset()
     uint32_t dispatch_readers;  // CTAs of the running receive that know their epoch
     uint32_t combine_readers;
 };
@@ -117,13 +118,16 @@ EP_HD bool suits(uint32_t word, uint32_t mask_digest, RowTerms needed) {
     if (word == mix_terms(mask_digest, {needed.wire, true})) return needed.wire == Wire::kFp8;
     return !needed.rounded && word == mix_terms(mask_digest, needed);
 }
-// What a peer's word means to it: other rows, or else another mask.
+// What a peer's word means to it: other rows, or else another mask. It does not say whether the
+// rows of another mask are rounded; of up to 32 ranks the digest is the mask, the smaller number.
 EP_HD uint64_t unmix_terms(uint32_t word, uint32_t mask_digest, RowTerms needed) {
     for (int way = 0; way < 2 * kNumWires; ++way) {
         const RowTerms rows{static_cast<Wire>(way / 2), way % 2 != 0};
         if (word == mix_terms(mask_digest, rows)) return dispatch_terms(mask_digest, rows);
     }
-    return dispatch_terms(mix_terms(word, needed), needed);
+    const RowTerms plain{needed.wire, false}, rounded{needed.wire, needed.wire == Wire::kFp8};
+    const uint32_t one = mix_terms(word, plain), other = mix_terms(word, rounded);
+    return other < one ? dispatch_terms(other, rounded) : dispatch_terms(one, plain);
 }
 
 // The abort word in a heap: who noticed what about whom. 0: all is well.

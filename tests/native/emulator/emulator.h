@@ -317,6 +317,12 @@ T atomicOr(T* at, T value) {
     *at |= value;
     return old;
 }
+template <class T>
+T atomicMax(T* at, T value) {
+    const T old = *at;
+    *at = std::max(old, value);
+    return old;
+}
 inline unsigned long long atomicCAS_system(unsigned long long* at, unsigned long long expected,
                                            unsigned long long value) {
     const unsigned long long old = *at;
