@@ -184,27 +184,35 @@ def test_what_a_masked_rank_gives_up_on_stops_nobody(
     pair_without(group, config, rng, set(), calling=True)
 
 
+@pytest.mark.parametrize(
+    "options", [Options(), Options(round_scale=True)], ids=["plain", "rounded"]
+)
 def test_ranks_whose_masks_differ_are_told(
-    open_group: OpenGroup, place: Place, rng: torch.Generator
+    open_group: OpenGroup, place: Place, rng: torch.Generator, options: Options
 ) -> None:
     if place.num_ranks < 3:
         pytest.skip("two ranks that are left, and one that only one of them masks")
-    config = random_config(rng, place.num_ranks, 256, 4)
+    config = random_config(rng, place.num_ranks, 256, 4, dispatch_format="fp8")
     group = open_group(config)
     n, gone = place.num_ranks, place.num_ranks - 1
     left = range(gone)
     pair_without(group, config, rng, set(), calling=True)
     group.all("query", "set_time_budget", BUDGET_S)
     mask(group, [0], gone)
-    among(group, left, "dispatch", random_inputs(rng, config, n))
+    inputs = random_inputs(rng, config, n)
+    among(group, left, "dispatch", inputs, [0] * n, [None] * n, [0] * n, [options] * n)
     started = time.monotonic()
     outcomes = group.outcomes("receive_alone", [() if rank in left else None for rank in range(n)])
     assert time.monotonic() - started < 20 * BUDGET_S
     for rank in left:
         assert isinstance(outcomes[rank], DesyncError | PeerTimeout), outcomes[rank]
-    named = [str(outcome) for outcome in outcomes if isinstance(outcome, DesyncError)]
-    assert named
-    assert all("rank mask" in text for text in named)
+    found = [
+        str(one) for one in outcomes if isinstance(one, DesyncError) and "works at" in str(one)
+    ]
+    assert found
+    for text in found:
+        assert "rank mask 0x0 and" in text
+        assert f"rank mask {1 << gone:#x} and" in text
 
     mask(group, left, gone)
     among(group, left, "query", ["reset"] * n)

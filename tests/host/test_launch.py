@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from ep_runtime import Buffer, EpConfig
+from ep_runtime import Buffer, EpConfig, member
 from ep_runtime.errors import ConfigError
 from ep_runtime.launch import RankFailed, launch, run_ranks
 from ep_runtime.normal import NormalBuffer
@@ -146,6 +146,7 @@ def test_a_rank_may_start_processes_of_its_own() -> None:
 
 def closes_without_the_other(world: World) -> str:
     """Rank 0 fails inside the block, and leaves the meeting of close() out."""
+    member.CLOSE_TIMEOUT_S = 1.0  # of this process, which is the rank's own
     with suppress(LookupError), NormalBuffer(world, max_tokens=4, backend="host"):
         if world.rank == 0:
             raise LookupError("a bad batch")

@@ -131,8 +131,9 @@ def test_runner_explains_itself(tmp_path: Path) -> None:
     assert "SCRIPT" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["deep_ep_training.py", "deep_ep_decoding.py"])
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("deep_ep_training.py", 2), ("deep_ep_decoding.py", 4)]
+)
 def test_examples_run_unchanged(checkout: Path, name: str, ranks: int) -> None:
     script = checkout / "examples" / name
     assert "ep_runtime" not in script.read_text().partition('"""\n\n')[2]
