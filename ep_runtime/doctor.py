@@ -94,6 +94,9 @@ def probe_python() -> Iterator[Finding]:
     if _has_gpu_device() and not torch.version.cuda:
         advice = "this machine has an NVIDIA GPU: install a torch built for CUDA"
         yield Finding("python", "problem", value, advice)
+    elif torch.version.cuda and not hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph_exec"):
+        advice = "eager calls work; graphs on GPUs need a newer torch (2.11 is tested)"
+        yield Finding("python", "note", value, advice)
     else:
         yield Finding("python", "ok", value)
 

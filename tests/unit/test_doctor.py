@@ -58,6 +58,18 @@ def test_a_probe_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "no such thing" in finding.value
 
 
+@pytest.mark.parametrize("has_method", [True, False])
+def test_a_torch_whose_graphs_cannot_be_uploaded_is_noted(
+    monkeypatch: pytest.MonkeyPatch, has_method: bool
+) -> None:
+    members = {"raw_cuda_graph_exec": None} if has_method else {}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("CUDAGraph", (), members))
+    (finding,) = doctor.probe_python()
+    assert finding.status == ("ok" if has_method else "note")
+    assert ("graphs on GPUs" in finding.advice) is not has_method
+
+
 def test_without_a_gpu_only_cpu_ranks_run(
     gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
