@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -127,6 +128,31 @@ def test_bound_is_about_one_rounding_of_the_sum() -> None:
     for one in reference.combine(CONFIG, inputs, outputs):
         assert (one.bound <= 0.2).all()
         assert (one.bound[one.exact != 0] >= 2.0**-9 * one.exact[one.exact != 0].abs()).all()
+
+
+@pytest.mark.parametrize(
+    ("combine_format", "of_norm", "calc_diff"), [("bf16", 2.4e-3, 2.8e-6), ("fp8", 2.6e-2, 3.3e-4)]
+)
+def test_rounding_of_normal_rows_is_what_the_documents_say(
+    combine_format: Literal["bf16", "fp8"], of_norm: float, calc_diff: float
+) -> None:
+    """docs/architecture.md: H=7168, K=8, four ranks."""
+    rng = torch.Generator().manual_seed(0)
+    config = EpConfig(
+        num_experts=64, topk=8, hidden=7168, max_tokens=8, combine_format=combine_format
+    )
+    inputs = []
+    for _ in range(4):
+        chosen = torch.rand(8, 64, generator=rng).topk(8).indices
+        weights = torch.rand(8, 8, generator=rng)
+        inputs.append(RankInput(torch.zeros(8, 7168).bfloat16(), chosen, weights))
+    shapes = [one.x.shape for one in reference.dispatch(config, inputs)]
+    outputs = [torch.randn(shape, generator=rng).bfloat16() for shape in shapes]
+    exact = torch.cat([one.exact for one in reference.combine(config, inputs, outputs)])
+    got = torch.cat(reference.combine_in_order(config, inputs, outputs)).double()
+    assert float((got - exact).norm() / exact.norm()) == pytest.approx(of_norm, rel=0.05)
+    square = (got * got + exact * exact).sum()
+    assert float(1 - 2 * (got * exact).sum() / square) == pytest.approx(calc_diff, rel=0.05)
 
 
 def test_impossible_and_repeated_experts_are_counted_and_dropped() -> None:
