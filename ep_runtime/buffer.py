@@ -126,7 +126,8 @@ class Buffer(CallOrder):
         out              receive tensors of `new_receive`, which decide the format of the rows, the
                          same on every rank; None: the chain's own, in the configuration's format.
                          What is in flight must not need them
-        round_scale      FP8: scales are powers of two; None: the configuration's choice
+        round_scale      scales of FP8 rows are powers of two (into UE8M0 scales they always are;
+                         other rows have none); None: the configuration's choice
         cumulative_recv_count  int32 [L], contiguous: += the rows of each local expert
         wait_ns          int64 [R], contiguous: += nanoseconds that each source kept this rank
                          waiting

@@ -52,6 +52,7 @@ class CallOrder(Rank):
     def _before_wait(
         self, kind: OpKind, pending: Pending[Received] | Pending[torch.Tensor]
     ) -> None:
+        self._require_open()
         if self._order is not None:
             self._order.before_wait(self.rank, pending.op, pending.chain)
         self._tell(kind, pending.chain)

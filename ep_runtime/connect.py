@@ -79,19 +79,24 @@ def _parsed(device: torch.device | int | str | None) -> torch.device | None:
     """A number is a GPU's, whatever torch's current accelerator is."""
     if device is None:
         return None
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    try:
+        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device={device!r}: it must be a torch.device, its name, a GPU's index or None"
+        ) from error
 
 
 def connect(config: EpConfig, world: World, device: torch.device) -> RankMemory:
     """Compare configurations, then get this rank's memory. Collective; raises on every rank."""
-    trouble = ""
+    trouble, wanted = "", "auto"
     try:
         config.validate_for(world.num_ranks)
+        wanted = env.read().memory
     except ConfigError as error:
         trouble = str(error)
     fields = config.fields(world.num_ranks)
     fingerprint = config.fingerprint(world.num_ranks).hex()
-    wanted = env.read().memory
     kind = agree_on(fields, fingerprint, trouble, world, device, wanted).kind
     sizes = layout_of(config, world.num_ranks).sizes
     return provide(kind, sizes, world, device)

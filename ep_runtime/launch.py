@@ -28,11 +28,12 @@ from typing_extensions import TypeVarTuple, Unpack
 
 from ep_runtime import env, logs
 from ep_runtime.errors import ConfigError, EpError, GroupFault
-from ep_runtime.world import World
+from ep_runtime.world import World, limit_of
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
+MAX_RUN_S = 2e6  # what poll() takes: 2^31 milliseconds
 HOST = "127.0.0.1"
 STOP_GRACE_S = 5.0  # between asking a process to end and ending it
 EXIT_GRACE_S = 20.0  # for a rank that has delivered its result to end by itself
@@ -85,7 +86,7 @@ def launch(
     and nothing ends it after timeout_s: that is the launcher's affair.
 
     Raises RankFailed for the first rank that fails, after ending the others, and ConfigError where
-    num_ranks is not what torchrun started.
+    num_ranks is not what torchrun started, timeout_s is no time, or fn or args cannot be sent.
     """
     settings = env.read()
     if settings.under_torchrun:
@@ -123,7 +124,12 @@ def run_ranks(
     gpu_per_rank: bool = False,
     timeout_s: float | None = None,
 ) -> list[Outcome[R]]:
-    """Like `launch`, but every rank runs to its own end and none raises here."""
+    """Like `launch`, but every rank runs to its own end and none raises here.
+
+    Raises ConfigError under torchrun, where each process would start ranks of its own.
+    """
+    if env.read().under_torchrun:
+        raise ConfigError("run_ranks() starts the ranks itself: run it without torchrun")
     group = _Group(fn, num_ranks, args, gpu_per_rank, timeout_s)
     return sorted(group.run(stop_at_failure=False), key=lambda o: o.rank)
 
@@ -145,9 +151,10 @@ class _Group(Generic[R]):
         gpu_per_rank: bool,
         timeout_s: float | None,
     ) -> None:
-        if num_ranks < 1:
-            raise ConfigError(f"num_ranks={num_ranks}: start at least 1 rank")
-        self.timeout_s = env.read().launch_timeout_s if timeout_s is None else timeout_s
+        if type(num_ranks) is not int or num_ranks < 1:
+            raise ConfigError(f"num_ranks={num_ranks!r}: start at least 1 rank")
+        limit_s = None if timeout_s is None else limit_of(timeout_s, MAX_RUN_S)
+        self.timeout_s = env.read().launch_timeout_s if limit_s is None else limit_s
         self.store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         self.started = time.monotonic()
         self.processes: list[multiprocessing.process.BaseProcess] = []
@@ -162,6 +169,13 @@ class _Group(Generic[R]):
                 there.close()  # so that the end of the process is the end of the pipe
                 self.processes.append(process)
                 self.open[here] = rank
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            self._end(STOP_GRACE_S)
+            raise ConfigError(
+                f"{fn!r} or its arguments cannot be sent to the ranks' processes ({error}); give a"
+                " function that can be imported by its module's name, and arguments that can be"
+                " pickled"
+            ) from error
         except BaseException:
             self._end(STOP_GRACE_S)
             raise
@@ -199,6 +213,10 @@ class _Group(Generic[R]):
                 " found: the function must be in one that can be imported)"
             )
             return Outcome(rank, None, RankFailed(rank, "exit", text), seconds)
+        except Exception as error:  # noqa: BLE001 - of a class of the caller's
+            kind = type(error).__name__
+            text = f"its result cannot be unpickled here ({kind}: {error}); return another"
+            return Outcome(rank, None, RankFailed(rank, kind, text), seconds)
         finally:
             pipe.close()
         if ok:

@@ -48,7 +48,7 @@ def shape_of(config: EpConfig, num_ranks: int) -> _C.Shape:
     )
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64, typed=True)
 def layout_of(config: EpConfig, num_ranks: int) -> Layout:
     """Sizes of the group's memory. Raises ConfigError if the group cannot have this config."""
     config.validate_for(num_ranks)

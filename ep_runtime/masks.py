@@ -36,6 +36,8 @@ class Masks:
         """
         if type(rank) is not int or not 0 <= rank < self.num_ranks:
             raise ShapeError(f"rank={rank!r}: it must be a rank, 0 to {self.num_ranks - 1}")
+        if type(masked) is not bool:
+            raise ShapeError(f"masked={masked!r}: it must be True or False")
         self._ops.set_rank_mask(rank, masked)
         if self._order is not None:
             self._order.set_masked(self.rank, rank, masked)
@@ -54,6 +56,8 @@ class Masks:
         """
         if out is None:
             out = torch.empty(self.num_ranks, dtype=torch.int32, device=self.device)
+        if not isinstance(out, torch.Tensor):
+            raise ShapeError(f"out is a {type(out).__name__}: pass an int32 tensor")
         wanted = (self.num_ranks,)
         if out.dtype is not torch.int32 or out.shape != wanted or not out.is_contiguous():
             raise ShapeError(

@@ -172,6 +172,7 @@ class Rank(Masks, Member):
 
     def heap_regions(self) -> list[tuple[int, int]]:
         """(address, bytes) of every rank's heap as this rank sees it: peers write them."""
+        self._require_open()
         num_bytes = layout_of(self.config, self.num_ranks).sizes.heap
         return [(address, num_bytes) for address in self._memory.heaps]
 

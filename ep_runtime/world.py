@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from ep_runtime import env, errors
-from ep_runtime.errors import ConfigError, EpError, GroupFault, PeerTimeout
+from ep_runtime.errors import ConfigError, EpError, GroupFault, PeerTimeout, ShapeError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+
+MAX_LIMIT_S = 86400.0  # of a wait for peers
 
 T = TypeVar("T")
 
@@ -30,7 +32,8 @@ class World:
     def __init__(
         self, store: Store | None, rank: int, num_ranks: int, timeout_s: float | None = None
     ) -> None:
-        if num_ranks < 1 or not 0 <= rank < num_ranks:
+        ints = type(rank) is int and type(num_ranks) is int
+        if not ints or num_ranks < 1 or not 0 <= rank < num_ranks:
             raise ConfigError(
                 f"rank={rank} of num_ranks={num_ranks}: a rank is 0 .. num_ranks - 1; check what"
                 " the launcher sets (RANK, WORLD_SIZE)"
@@ -43,7 +46,7 @@ class World:
         self.rank = rank
         self.num_ranks = num_ranks
         self.members = list(range(num_ranks))  # what errors call the ranks
-        self.timeout_s = env.read().warmup_timeout_s if timeout_s is None else timeout_s
+        self.timeout_s = env.read().warmup_timeout_s if timeout_s is None else limit_of(timeout_s)
         self._store = store
         self._calls = 0
         self._rounds: dict[tuple[int, ...], int] = {}  # finished, by who was left out
@@ -75,7 +78,7 @@ class World:
             group = dist.group.WORLD
             assert group is not None
             return cls(group.get_group_store(), dist.get_rank(), dist.get_world_size(), timeout_s)
-        limit = env.read().warmup_timeout_s if timeout_s is None else timeout_s
+        limit = env.read().warmup_timeout_s if timeout_s is None else limit_of(timeout_s)
         try:
             store, rank, num_ranks = next(
                 iter(rendezvous("env://", timeout=timedelta(seconds=limit)))
@@ -96,11 +99,13 @@ class World:
 
     def all_gather(self, data: bytes, *, timeout_s: float | None = None) -> list[bytes]:
         """Every rank's `data`, by rank. `timeout_s` replaces the world's for this call."""
+        limit_s = self.timeout_s if timeout_s is None else limit_of(timeout_s)
+        if not isinstance(data, bytes):
+            raise ShapeError(f"data is of type {type(data).__name__}: it must be bytes; encode it")
         self._calls += 1
         if self._store is None:
             return [data]
         keys = [f"{self._prefix}/{self._calls}/{rank}" for rank in range(self.num_ranks)]
-        limit_s = self.timeout_s if timeout_s is None else timeout_s
         values = self._gather(self._store, keys, data, limit_s, f"collective {self._calls}")
         if self._calls > 1:
             # Everybody is in this collective, so nobody still reads the one before.
@@ -204,6 +209,10 @@ class World:
 
         Every rank takes the same number of parts, each of them one that it is a member of.
         """
+        if self.rank not in members or len(set(members)) != len(members):
+            raise ShapeError(
+                f"members={list(members)}: they must be distinct ranks, rank {self.rank} among them"
+            )
         self._parts += 1
         return _PartWorld(self, members, f"{self._prefix}/part{self._parts}")
 
@@ -214,6 +223,8 @@ class World:
 
     def broadcast(self, data: bytes, root: int = 0) -> bytes:
         """`data` of rank `root` (what other ranks pass is ignored)."""
+        if type(root) is not int or not 0 <= root < self.num_ranks:
+            raise ShapeError(f"root={root!r}: it must be a rank, 0 to {self.num_ranks - 1}")
         return self.all_gather(data if self.rank == root else b"")[root]
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
@@ -261,6 +272,16 @@ class World:
                     " call it again on every rank"
                 ) from None
         return answers
+
+
+def limit_of(seconds: float, most: float = MAX_LIMIT_S) -> float:
+    """Of a wait. Stores count whole milliseconds, and some take 0 for no limit."""
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not 0.001 <= seconds <= most:
+        raise ConfigError(
+            f"timeout_s={seconds!r}: it must be a number of seconds from 0.001 to {most:g}"
+        )
+    return seconds
 
 
 def _collect(store: Store, keys: list[str]) -> list[bytes | None]:

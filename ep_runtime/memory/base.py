@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,6 +31,16 @@ class MemorySizes:
     def heap_stride(self) -> int:
         """Bytes between two heaps of one segment."""
         return -(-self.heap // PAGE) * PAGE
+
+
+@contextmanager
+def lacking() -> Iterator[None]:
+    """What the system refuses is what this machine lacks."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "ask for less (max_tokens, pool_bytes, num_chains), or make room"
+        raise BuildError(f"{error}; {remedy}") from error
 
 
 class Closable(Protocol):

@@ -6,7 +6,7 @@ import secrets
 from contextlib import suppress
 
 from ep_runtime.errors import EpError, PeerTimeout
-from ep_runtime.memory.base import MemorySizes, RankMemory
+from ep_runtime.memory.base import MemorySizes, RankMemory, lacking
 from ep_runtime.native import _C
 from ep_runtime.world import World
 
@@ -26,7 +26,8 @@ def host_memory(world: World, sizes: MemorySizes) -> RankMemory:
     def attach(creator: bool) -> None:
         nonlocal segment
         if creator == (world.rank == 0):
-            segment = _C.ShmSegment(name, num_bytes, creator)
+            with lacking():
+                segment = _C.ShmSegment(name, num_bytes, creator)
 
     try:
         world.agree("creating shared memory", lambda: attach(creator=True))
@@ -40,8 +41,8 @@ def host_memory(world: World, sizes: MemorySizes) -> RankMemory:
         raise
     _unlink(world, segment)
     assert segment is not None
-    local = _C.HostMemory(sizes.local)
-    fault = _C.HostMemory(sizes.fault)
+    with lacking():
+        local, fault = _C.HostMemory(sizes.local), _C.HostMemory(sizes.fault)
     return RankMemory(
         kind="shm",
         heaps=[segment.address + rank * sizes.heap_stride for rank in range(world.num_ranks)],

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ep_runtime.errors import BuildError
-from ep_runtime.memory.base import MemorySizes, RankMemory
+from ep_runtime.memory.base import MemorySizes, RankMemory, lacking
 from ep_runtime.native import _C
 
 
 def virtual_host_memory(num_ranks: int, sizes: MemorySizes) -> list[RankMemory]:
     """Memory of `num_ranks` CPU ranks. Every rank keeps all heaps alive."""
-    heaps = [_C.HostMemory(sizes.heap) for _ in range(num_ranks)]
-    return [
-        _rank_memory("virtual-host", heaps, _C.HostMemory(sizes.local), _C.HostMemory(sizes.fault))
-        for _ in range(num_ranks)
-    ]
+    with lacking():
+        heaps = [_C.HostMemory(sizes.heap) for _ in range(num_ranks)]
+        return [
+            _rank_memory(
+                "virtual-host", heaps, _C.HostMemory(sizes.local), _C.HostMemory(sizes.fault)
+            )
+            for _ in range(num_ranks)
+        ]
 
 
 def virtual_cuda_memory(placement: Sequence[int], sizes: MemorySizes) -> list[RankMemory]:

@@ -185,7 +185,7 @@ class NormalBuffer(NormalSteps):
                           a multiple of 16 bytes, at most 32 KiB, 16-byte aligned
         topk_idx          [T, K] int64 or int32; -1 is no expert. None: the layout alone says
                           where rows go, and no top-k is sent
-        topk_weights      [T, K] float32, or None
+        topk_weights      [T, K] float32, or None, alike on all ranks: that is not compared
         num_experts       E, a multiple of R; by default the layout's
         layout            what layout() gave for this topk_idx, where it was called before
         expert_alignment  recv_per_expert and recv_counts are rounded up to multiples of it
@@ -238,7 +238,8 @@ class NormalBuffer(NormalSteps):
         """Send other rows the way of an earlier dispatch: no counting, no wait, capturable.
 
         x             [T, H] as dispatch() takes it, T of the handle
-        handle        of a dispatch of this buffer; the same on every rank
+        handle        of a dispatch of this buffer; of the same one on every rank, which is not
+                      compared
         topk_weights  [T, K] float32: arrive whole at every rank that a token goes to; or None
         Rows arrive where they did in the first dispatch. Gradients end here: dispatch_autograd()
         and combine_autograd() are the versions with gradients. Raises as dispatch() does.
@@ -271,11 +272,13 @@ class NormalBuffer(NormalSteps):
         """Bring rows home: out[t] = bias + the sum over ranks of what they made of token t.
 
         x             [N, H] bf16, one row per received row, unit stride in H, rows 16-byte aligned
-        handle        of the dispatch; the same on every rank, any number of times
+        handle        of the dispatch, any number of times; of the same one on every rank, which is
+                      not compared (in low-latency combines it is)
         topk_weights  [N, K] float32, summed over ranks like the rows; or None
         bias          one or two bf16 [T, H], contiguous
-        out           [T, H] bf16, contiguous, apart from the memory of x and topk_weights, without
-                      requires_grad where gradients are recorded; allocated if None
+        out           [T, H] bf16, contiguous, apart from the memory of x and topk_weights, and of a
+                      bias but where it is that very bias, without requires_grad where gradients are
+                      recorded; allocated if None
         Returns (out, weights [T, K] float32 or None). Unweighted; FP32 sum of the biases, then the
         ranks in order, rounded once: equal inputs give equal bits. A token that went nowhere gets
         the bias or zeros. Gradients end here: combine_autograd() is the version with gradients.
@@ -293,7 +296,7 @@ class NormalBuffer(NormalSteps):
             topk = topk_weights.shape[1]
         overwritten = None
         if out is not None:
-            self._check.out(out, shape, x, topk_weights)
+            self._check.out(out, shape, x, topk_weights, biases)
             overwritten = out if torch.is_grad_enabled() else None
         sms = self._sms(num_sms, self.num_sms.combine)
         self.stats.combines += 1

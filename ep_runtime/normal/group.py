@@ -59,9 +59,10 @@ def most_sms(device: torch.device, neighbours: int) -> int:
 
 def agree(config: NormalConfig, world: World, device: torch.device) -> tuple[str, int]:
     """(kind of memory, ranks on this GPU). Collective; raises ConfigError on every rank."""
-    trouble = ""
+    trouble, asked = "", "auto"
     try:
         config.validate_for(world.num_ranks)
+        asked = env.read().memory
     except ConfigError as error:
         trouble = str(error)
     by_nvshmem = config.between_nodes == "nvshmem"
@@ -72,7 +73,7 @@ def agree(config: NormalConfig, world: World, device: torch.device) -> tuple[str
         )
     # Gigabytes of receive memory do not fit the symmetric heap, whose size is fixed when NVSHMEM
     # starts: it is used where it was asked for by name.
-    wanted = "nvshmem" if env.read().memory == "nvshmem" else "ipc"
+    wanted = "nvshmem" if asked == "nvshmem" else "ipc"
     if wanted == "nvshmem" and config.layered(world.num_ranks):
         trouble = (
             "EP_MEMORY=nvshmem with ranks_per_node: a rail and a node map their memory by CUDA IPC;"

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from ep_runtime.errors import CaptureError
 from ep_runtime.memory.base import log
-from ep_runtime.normal.config import HEAP_STEP
+from ep_runtime.normal.config import HEAP_STEP, check_size
 from ep_runtime.normal.heap import DataHeap, HeapSizes
 from ep_runtime.normal.rank import NormalRank
+from ep_runtime.normal.validate import MAX_ROW_BYTES, MAX_TOKENS, ROW_MULTIPLE
 
 
 class GrowingRank(NormalRank):
@@ -27,6 +28,12 @@ class GrowingRank(NormalRank):
         """
         self._check_fatal()
         old = self.config
+        for name, given, low, high in (
+            ("max_tokens", max_tokens, 1, MAX_TOKENS),
+            ("max_hidden", max_hidden, ROW_MULTIPLE // 2, MAX_ROW_BYTES // 2),
+        ):
+            if given is not None:
+                check_size(name, given, low, high)
         config = replace(
             old,
             max_tokens=max(old.max_tokens, max_tokens or 0),

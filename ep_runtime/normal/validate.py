@@ -201,13 +201,20 @@ class Checker:
         shape: tuple[int, int],
         x: torch.Tensor,
         topk_weights: torch.Tensor | None,
+        biases: Sequence[torch.Tensor] = (),
     ) -> None:
         """Where a combine of x and topk_weights writes. Ranks at work read those while it does."""
         self._result("out", out, shape)
         if out.requires_grad and torch.is_grad_enabled():
             remedy = "use combine_autograd(), or combine under torch.no_grad()"
             wrong("out.requires_grad", True, "False where gradients are recorded", remedy)
-        for name, other in (("x", x), ("topk_weights", topk_weights)):
+        # A bias in the very place of out is read before it is written; one beside it is not.
+        apart = [b for b in biases if b.data_ptr() != out.data_ptr()]
+        for name, other in (
+            ("x", x),
+            ("topk_weights", topk_weights),
+            *(("bias", b) for b in apart),
+        ):
             if other is None or not overlap(out, other):
                 continue
             (begin, end), (first, last) = memory_of(out), memory_of(other)

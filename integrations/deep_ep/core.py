@@ -211,7 +211,8 @@ def _tuned(num_ranks: int) -> TunedSms:
 def _check_bytes(num_nvl_bytes: int, num_rdma_bytes: int) -> None:
     for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
         if type(value) is not int or value < 0 or value % tuning.ALIGNMENT:
-            below = max(int(value), 0) // tuning.ALIGNMENT * tuning.ALIGNMENT
+            known = value if type(value) is int else 0
+            below = max(known, 0) // tuning.ALIGNMENT * tuning.ALIGNMENT
             raise ConfigError(
                 f"{name}={value!r}: it must be a multiple of {tuning.ALIGNMENT} from 0 on, for"
                 f" example {below}"

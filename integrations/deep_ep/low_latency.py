@@ -12,7 +12,7 @@ from ep_runtime.buffer import Buffer as EpBuffer
 from ep_runtime.config import EpConfig
 from ep_runtime.errors import ConfigError, SequenceError, ShapeError
 from ep_runtime.handles import Received
-from ep_runtime.integrations.deep_ep.config import plain
+from ep_runtime.integrations.deep_ep.config import check_tensors, plain
 from ep_runtime.integrations.deep_ep.events import EventOverlap
 from ep_runtime.integrations.deep_ep.low_latency_handle import (
     Engine,
@@ -125,7 +125,10 @@ class LowLatency:
             raise ConfigError(
                 "use_logfmt=True with zero_copy=True: rows in place cannot be encoded; pass one"
             )
-        engine, routing = engine_of(handle), routing_of(handle)
+        engine, routing = self._own(handle), routing_of(handle)
+        check_tensors(x=x, topk_idx=topk_idx, topk_weights=topk_weights)
+        if out is not None:
+            check_tensors(out=out)
         if topk_idx.shape != topk_weights.shape:
             raise ShapeError(
                 f"topk_idx is {list(topk_idx.shape)}, topk_weights is {list(topk_weights.shape)}:"
@@ -164,7 +167,7 @@ class LowLatency:
 
     def next_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """See Buffer.get_next_low_latency_combine_buffer."""
-        engine = engine_of(handle)
+        engine = self._own(handle)
         buffer = engine.buffer
         self._place.comm.join()  # an asynchronous combine may still read it
         if engine.combine_rows is None:
@@ -197,11 +200,22 @@ class LowLatency:
         for engine in engines.values():
             engine.buffer.close()
 
+    def _own(self, handle: LowLatencyHandle) -> Engine:
+        """The handle's engine. Raises SequenceError if it is none of these (any more)."""
+        engine = engine_of(handle)
+        if not any(engine is mine for mine in self._engines.values()):
+            raise SequenceError(
+                "handle was made by another Buffer (or before destroy()): pass it to the one whose"
+                " low_latency_dispatch returned it"
+            )
+        return engine
+
     # ---- parts ----------------------------------------------------------------------------------
 
     def _engine(
         self, x: torch.Tensor, topk_idx: torch.Tensor, max_tokens: int, num_experts: int
     ) -> Engine:
+        check_tensors(x=x, topk_idx=topk_idx)
         if x.dim() != 2 or topk_idx.dim() != 2:
             raise ShapeError(
                 f"x is {list(x.shape)}, topk_idx is {list(topk_idx.shape)}: they must be [T, H] and"
@@ -209,7 +223,7 @@ class LowLatency:
             )
         key = (plain(num_experts), topk_idx.shape[1], x.shape[1], plain(max_tokens))
         engine = self._engines.get(key)
-        if engine is None:
+        if engine is None or not all(type(size) is int for size in key):  # 8.0 is 8 to a dict
             engine = self._engines[key] = self._build(x, _config(*key))
         return engine
 

@@ -159,9 +159,52 @@ def test_a_group_is_built_again_after_one_rank_failed_in_it() -> None:
     assert [one.result for one in outcomes] == ["built again"] * 2
 
 
-def test_no_ranks_are_refused() -> None:
+@pytest.mark.parametrize("num_ranks", [0, -1, True, 2.0, "2", None])
+def test_no_ranks_are_refused(num_ranks: Any) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
-        launch(describe, 0, 1)
+        launch(describe, num_ranks, 1)
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf"), True, "5"])
+def test_a_limit_that_is_no_time_is_refused(limit: Any) -> None:
+    with pytest.raises(ConfigError, match="timeout_s="):
+        launch(describe, 1, 1, timeout_s=limit)
+
+
+def test_what_cannot_be_sent_to_the_ranks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot be sent.*imported by its module's name"):
+        launch(lambda world: world.rank, 2)
+
+
+class Unreadable(Exception):
+    """Pickles, and does not unpickle: its second argument is lost."""
+
+    def __init__(self, what: str, *, why: str) -> None:
+        super().__init__(what)
+        self.why = why
+
+
+def returns_what_cannot_be_read(world: World) -> object:
+    return Unreadable("x", why="y") if world.rank == 0 else "fine"
+
+
+def test_a_result_that_cannot_be_read_here_costs_that_rank_alone() -> None:
+    first, second = run_ranks(returns_what_cannot_be_read, 2)
+    assert first.failure is not None
+    assert "cannot be unpickled here (TypeError" in str(first.failure)
+    assert second.result == "fine"
+
+
+def test_under_torchrun_nothing_starts_ranks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="run it without torchrun"):
+        run_ranks(describe, 2, 1)
 
 
 PARENT = """

@@ -229,6 +229,8 @@ def test_attributes_and_local_memory(pool: RankPool) -> None:
 def refused_constructions(rank: Rank) -> None:
     for arguments, text in (
         ({"num_nvl_bytes": 100}, "num_nvl_bytes=100"),
+        ({"num_nvl_bytes": None}, "num_nvl_bytes=None"),
+        ({"num_nvl_bytes": float("nan")}, "num_nvl_bytes=nan"),
         ({"num_rdma_bytes": -128}, "num_rdma_bytes=-128"),
         ({"num_nvl_bytes": 2**31, "num_rdma_bytes": 128}, str(2**31)),
         ({"num_qps_per_rank": 0, "low_latency_mode": True}, "num_qps_per_rank=0"),
@@ -268,6 +270,8 @@ def refused_low_latency(rank: Rank, seed: int) -> None:
     send(ShapeError, "topk_idx.*3", x, idx[:3], 8, 8)
     send(ShapeError, "x is", x[0], idx, 8, 8)
     send(ShapeError, "9 rows", x.repeat(3, 1)[:9], idx.repeat(3, 1)[:9], 8, 8)
+    send(ShapeError, "x is a NoneType: pass a tensor", None, idx, 8, 8)
+    send(ShapeError, "topk_idx is a list: pass a tensor", x, [[0, 1]], 8, 8)
     send(ConfigError, "num_experts=7", x, idx, 8, 7)
     send(ConfigError, "max_tokens=0", x, idx, 0, 8)
     send(ConfigError, "use_ue8m0", x, idx, 8, 8, use_ue8m0=True)
@@ -280,6 +284,15 @@ def refused_low_latency(rank: Rank, seed: int) -> None:
     back(ShapeError, "dtype", y.float(), own.topk_idx, weights, handle)
     back(ShapeError, "y.shape", y[:, 1:], own.topk_idx, weights, handle)
     back(ShapeError, "handle", y, own.topk_idx, weights, tuple(handle))
+    back(ShapeError, "x is a NoneType: pass a tensor", None, own.topk_idx, weights, handle)
+    back(ShapeError, "topk_weights is a NoneType", y, own.topk_idx, None, handle)
+    back(ShapeError, "out is a list", y, own.topk_idx, weights, handle, out=[y])
+    other = open_buffer(rank, SIZES)
+    with pytest.raises(SequenceError, match="made by another Buffer"):
+        other.low_latency_combine(y, own.topk_idx, weights, handle)
+    with pytest.raises(SequenceError, match="made by another Buffer"):
+        other.get_next_low_latency_combine_buffer(handle)
+    other.destroy()
     back(ShapeError, "topk_weights", y, own.topk_idx, weights[:, :1], handle)
     back(ShapeError, "float32", y, own.topk_idx, weights.double(), handle)
     back(ConfigError, "logfmt", y, own.topk_idx, weights, handle, use_logfmt=True, zero_copy=True)
@@ -287,6 +300,7 @@ def refused_low_latency(rank: Rank, seed: int) -> None:
     bad_out = torch.zeros((len(own.x) + 1, 512), dtype=torch.bfloat16, device=rank.device)
     back(ShapeError, "out", y, own.topk_idx, weights, handle, out=bad_out)
     combine(rank, buffer, good)
+    send(ConfigError, "max_tokens=", x, idx, float(SIZES.max_tokens), SIZES.num_experts)
     _, _, unreceived, _, hook = buffer.low_latency_dispatch(x, idx, 8, 8, return_recv_hook=True)
     weights = torch.ones((4, 2), device=rank.device)
     back(SequenceError, "hook", y, idx, weights, unreceived)
@@ -360,6 +374,11 @@ def refused_normal(rank: Rank) -> None:
             buffer.dispatch(*arguments, **options)
 
     refuse(ShapeError, "get_dispatch_layout", x, **routes)
+    for no_rows in (None, (), [x], 5):
+        refuse(ShapeError, "pass rows", no_rows, **layout, **routes)
+    for no_choices in (None, idx[0]):
+        with pytest.raises(ShapeError, match="topk_idx is"):
+            buffer.get_dispatch_layout(no_choices, 8)
     refuse(ShapeError, "dtype", x.float(), **layout, **routes)
     refuse(ShapeError, "is_token_in_rank", x[:3], **layout, topk_idx=idx[:3])
     refuse(ShapeError, "topk_idx", x, **layout, topk_idx=idx[:3], topk_weights=weights)

@@ -122,6 +122,19 @@ def test_wrong_combines_are_refused(alone: NormalBuffer) -> None:
     assert torch.equal(alone.combine(x, handle)[0], x)
 
 
+def test_an_out_beside_a_bias_in_the_same_memory_is_refused(alone: NormalBuffer) -> None:
+    """A bias in the very place of out is read before it is written; row by row another is not."""
+    received = alone.dispatch(**tokens(2))
+    held = torch.arange(3.0)[:, None].expand(3, 256).bfloat16().contiguous()
+    wanted = alone.combine(received.x, received.handle, bias=held[:2].clone())[0]
+    for bias in (held[:2], [torch.zeros(2, 256).bfloat16(), held[:2]]):
+        with pytest.raises(ShapeError, match="out is at .* apart from bias at"):
+            alone.combine(received.x, received.handle, bias=bias, out=held[1:])
+    assert torch.equal(
+        alone.combine(received.x, received.handle, bias=held[:2], out=held[:2])[0], wanted
+    )
+
+
 def test_an_out_over_the_memory_of_what_is_combined_is_refused(alone: NormalBuffer) -> None:
     """Ranks still read it while the sum is written."""
     handle = alone.dispatch(**tokens(2)).handle

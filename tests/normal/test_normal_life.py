@@ -33,7 +33,7 @@ def reserve(buffer: NormalBuffer, max_tokens: int) -> None:
 
 def test_a_reserve_out_of_range_changes_nothing(group: ThreadGroup) -> None:
     before = configs(group)
-    for wrong in ((1 << 20) + 1, 64.0):
+    for wrong in ((1 << 20) + 1, 64.0, 0, -1, True, 2.5, float("nan"), "x"):
         for outcome in group.outcomes(reserve, [(wrong,)] * 2):
             assert isinstance(outcome, ConfigError), outcome
             assert "max_tokens" in str(outcome)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 import pytest
@@ -10,9 +12,25 @@ import torch
 from ep_runtime import _C, BuildError, ConfigError, EpConfig, World, virtual_ranks
 from ep_runtime.buffer import Buffer
 from ep_runtime.connect import _raise_differences, choose_device
+from ep_runtime.launch import run_ranks
 from ep_runtime.normal import NormalBuffer, virtual_normal_ranks
 
 CONFIG = EpConfig(num_experts=4, topk=2, hidden=128, max_tokens=4)
+
+
+def builds_with_a_wrong_variable(world: World) -> list[tuple[str, float]]:
+    if world.rank == 1:
+        os.environ["EP_MEMORY"] = "banana"
+    told = []
+    for build in (
+        lambda: Buffer(CONFIG, world, "host"),
+        lambda: NormalBuffer(world, max_tokens=16, backend="host"),
+    ):
+        started = time.monotonic()
+        with pytest.raises(Exception, match="EP_MEMORY") as error:
+            build()
+        told.append((repr(error.value), time.monotonic() - started))
+    return told
 
 
 def test_host_is_always_there() -> None:
@@ -59,6 +77,29 @@ def test_the_host_backend_takes_no_gpu() -> None:
 def test_unknown_backend_is_refused() -> None:
     with pytest.raises(ConfigError, match="backend='gpu'.*'auto', 'host' or 'cuda'"):
         virtual_ranks(CONFIG, 2, "gpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["banana", -1, 3.5, [0]])
+def test_what_is_no_device_is_refused(device: Any) -> None:
+    with pytest.raises(
+        ConfigError, match="device=.* a torch.device, its name, a GPU's index or None"
+    ):
+        choose_device("host", device)
+
+
+def test_a_wrong_variable_on_one_rank_is_told_to_all() -> None:
+    """Else the others would wait for that rank as long as they may."""
+    for outcome in run_ranks(builds_with_a_wrong_variable, 2, timeout_s=60):
+        assert outcome.result is not None
+        for told, seconds in outcome.result:
+            assert "ConfigError" in told
+            assert "banana" in told
+            assert seconds < 20
+
+
+def test_memory_that_is_not_there_is_a_build_error() -> None:
+    with pytest.raises(BuildError, match="ask for less"):
+        NormalBuffer(World.single(), max_tokens=16, pool_bytes=1 << 44, backend="host")
 
 
 def test_empty_list_of_devices_is_refused() -> None:

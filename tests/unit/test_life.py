@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -159,3 +159,23 @@ def test_what_is_received_is_compared_as_an_object(buffer: Buffer) -> None:
     received = dispatch(buffer).wait()
     assert received in [received]
     assert {received.handle: 1}[received.handle] == 1
+
+
+def test_a_closed_buffer_gives_no_addresses_and_waits_for_nothing(buffer: Buffer) -> None:
+    pending = dispatch(buffer)
+    buffer.close()
+    for _ in range(2):
+        with pytest.raises(SequenceError, match="closed"):
+            pending.wait()
+        assert not pending.waited
+    with pytest.raises(SequenceError, match="closed"):
+        buffer.heap_regions()
+
+
+@pytest.mark.parametrize("masked", ["no", None, 2, 1])
+def test_a_rank_is_masked_or_not(buffer: Buffer, masked: Any) -> None:
+    with pytest.raises(ShapeError, match="masked=.*True or False"):
+        buffer.set_rank_mask(0, masked)
+    with pytest.raises(ShapeError, match="out is a list"):
+        buffer.rank_mask([0])  # type: ignore[arg-type]
+    assert buffer.masked_ranks() == []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 from torch.distributed import FileStore, HashStore
 from world_ranks import on_ranks
 
-from ep_runtime import ConfigError, GroupFault, PeerTimeout, SequenceError, World
+from ep_runtime import ConfigError, GroupFault, PeerTimeout, SequenceError, ShapeError, World
 from ep_runtime.world import VirtualWorld
 
 
@@ -166,6 +167,40 @@ def test_single_rank_never_waits() -> None:
 def test_rank_outside_the_world_is_refused(rank: int, num_ranks: int) -> None:
     with pytest.raises(ConfigError, match=f"rank={rank} of num_ranks={num_ranks}"):
         World.from_store(HashStore(), rank, num_ranks)
+
+
+@pytest.mark.parametrize("rank", [True, 0.0, "0", None])
+def test_a_rank_is_an_int(rank: Any) -> None:
+    with pytest.raises(ConfigError, match="of num_ranks=2"):
+        World.from_store(HashStore(), rank, 2)
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf"), 1e-4, True, "5"])
+def test_a_limit_is_a_time(limit: Any) -> None:
+    """Some stores wait for ever where it is 0."""
+    with pytest.raises(ConfigError, match="timeout_s=.* from 0.001 to 86400"):
+        World.from_store(HashStore(), 0, 2, limit)
+    with pytest.raises(ConfigError, match="timeout_s="):
+        World.from_env(limit)
+    with pytest.raises(ConfigError, match="timeout_s="):
+        World.from_store(HashStore(), 0, 2).barrier(timeout_s=limit)
+
+
+def test_a_refused_collective_does_not_count() -> None:
+    def step(world: World) -> list[bytes]:
+        if world.rank == 0:
+            with pytest.raises(ShapeError, match="data is of type str: it must be bytes"):
+                world.all_gather("text")  # type: ignore[arg-type]
+            for root in (-1, 2, True, 0.0):
+                with pytest.raises(ShapeError, match="root=.* a rank, 0 to 1"):
+                    world.broadcast(b"", root)  # type: ignore[arg-type]
+            for members in ([1], [0, 0, 1]):
+                with pytest.raises(ShapeError, match="distinct ranks, rank 0 among them"):
+                    world.part(members)
+        whole = world.part([0, 1])
+        return [*world.all_gather(b"%d" % world.rank), *whole.all_gather(b"%d" % world.rank)]
+
+    assert on_ranks(2, step, timeout_s=5) == [[b"0", b"1"] * 2] * 2
 
 
 def test_many_ranks_need_a_store() -> None:
