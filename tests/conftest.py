@@ -72,6 +72,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Small tensors: torch's threads, one for each core, would only wait for each other, and take
     # the cores from ranks and from other workers.
     torch.set_num_threads(1)
+    # Files in their order: xdist would keep those with the fewest tests, which are the slowest
+    # ones here, for the end, where one worker runs them and the others have nothing left.
+    config.option.loadscopereorder = False
     if config.getoption("--gpu-per-worker") and hasattr(config, "workerinput"):
         _choose_gpu(config.workerinput["workerid"])
     problem = _package_problem()

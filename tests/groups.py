@@ -311,7 +311,6 @@ class Place:
 
 HOST_PLACES = [
     Place("virtual", "host", 2),
-    Place("virtual", "host", 4),
     Place("virtual", "host", 8),
     Place("processes", "host", 2),
     Place("processes", "host", 4),

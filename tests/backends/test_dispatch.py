@@ -19,6 +19,7 @@ from ep_runtime import EpConfig, reference
 
 OpenGroup = Callable[[EpConfig], Group]
 FORMATS = ["batched", "contiguous", "compact"]
+MANY = 480  # messages
 
 
 def pair(group: Group, config: EpConfig, rng: torch.Generator, **options: object) -> None:
@@ -74,7 +75,7 @@ def test_widest_row_and_most_experts(
     pair(open_group(config), config, rng)
 
 
-@pytest.mark.parametrize("messages", [480, 2112], ids=["many", "very many"])
+@pytest.mark.parametrize("messages", [MANY, 2112], ids=["many", "very many"])
 @pytest.mark.parametrize(
     ("wire", "recv_format", "topk", "more"),
     [
@@ -96,6 +97,8 @@ def test_many_messages_to_an_sm(
     messages: int,
 ) -> None:
     """GPUs have kernels for them: rounds of tokens, a message to a warp, CTAs that only send."""
+    if place.backend == "host" and messages > MANY:
+        pytest.skip("CPU ranks have one way, however many messages come")
     config = random_config(
         rng,
         place.num_ranks,

@@ -21,6 +21,18 @@ from native_build import (
     require_sanitizer,
 )
 
+WIRES = ("bf16", "fp8", "opaque")
+FORMATS = ("batched", "contiguous", "compact")
+# Ranks, H and K; some with every wire in every format, of the others each with one, in turn.
+SHAPES = [
+    ("one rank", (1, 128, 1), False),
+    ("two ranks", (2, 256, 4), True),
+    ("three ranks, more than eight choices", (3, 384, 9), True),
+    ("five ranks, most choices", (5, 128, 32), False),
+    ("rows of a large model", (2, 7168, 8), False),
+    ("rows that a CTA takes in several passes", (2, 16384, 2), False),
+]
+
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -28,17 +40,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("kernels") / "kernel_steps", sources, *EMULATED)
 
 
-@pytest.mark.parametrize("recv_format", [0, 1, 2], ids=["batched", "contiguous", "compact"])
-@pytest.mark.parametrize("wire", [0, 1, 2], ids=["bf16", "fp8", "opaque"])
 @pytest.mark.parametrize(
-    ("num_ranks", "hidden", "topk"),
+    ("num_ranks", "hidden", "topk", "wire", "recv_format"),
     [
-        pytest.param(1, 128, 1, id="one rank"),
-        pytest.param(2, 256, 4, id="two ranks"),
-        pytest.param(3, 384, 9, id="three ranks, more than eight choices"),
-        pytest.param(5, 128, 32, id="five ranks, most choices"),
-        pytest.param(2, 7168, 8, id="rows of a large model"),
-        pytest.param(2, 16384, 2, id="rows that a CTA takes in several passes"),
+        pytest.param(*sizes, wire, to, id=f"{name}-{WIRES[wire]}-{FORMATS[to]}")
+        for turn, (name, sizes, all_pairs) in enumerate(SHAPES)
+        for wire in range(3)
+        for to in range(3)
+        if all_pairs or (wire + to + turn) % 3 == 0
     ],
 )
 def test_steps_give_the_host_backends_bytes(
@@ -50,7 +59,7 @@ def test_steps_give_the_host_backends_bytes(
 
 @pytest.mark.slow
 def test_many_ctas_that_wait_quietly(program: Path) -> None:
-    compare(program, 0, 1, 2, 128, 2, ctas=50)
+    compare(program, 0, 1, 2, 128, 2, ctas=24)
 
 
 @pytest.mark.slow
@@ -58,8 +67,8 @@ def test_nothing_is_read_beyond_its_memory(tmp_path: Path) -> None:
     """Every rank's memory ends where the sanitizer looks; a GPU may have something else there."""
     require_sanitizer("address", tmp_path)
     sources = [HERE / "kernel_steps.cpp", *host_sources(*HOST_STEPS, "row_math")]
-    program = build(tmp_path / "kernel_steps", sources, *EMULATED, "-fsanitize=address")
-    for num_ranks, hidden, topk in ((1, 128, 4), (2, 256, 4), (3, 384, 9)):
+    program = build(tmp_path / "kernel_steps", sources, *EMULATED, "-O0", "-fsanitize=address")
+    for num_ranks, hidden, topk in ((1, 128, 4), (3, 384, 9)):
         recv_format, wire = random.randrange(3), random.randrange(3)
         compare(program, recv_format, wire, num_ranks, hidden, topk, ctas=3)
 

@@ -249,7 +249,6 @@ class Place:
 HOST_PLACES = [
     Place("threads", "host", 1),
     Place("threads", "host", 2),
-    Place("threads", "host", 4),
     Place("threads", "host", 8),
     Place("processes", "host", 2),
     Place("processes", "host", 4),
