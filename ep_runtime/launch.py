@@ -153,8 +153,9 @@ class _Group(Generic[R]):
     ) -> None:
         if type(num_ranks) is not int or num_ranks < 1:
             raise ConfigError(f"num_ranks={num_ranks!r}: start at least 1 rank")
-        limit_s = None if timeout_s is None else limit_of(timeout_s, MAX_RUN_S)
-        self.timeout_s = env.read().launch_timeout_s if limit_s is None else limit_s
+        if timeout_s is None:
+            timeout_s = env.read().launch_timeout_s
+        self.timeout_s = limit_of(timeout_s, MAX_RUN_S)
         self.store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         self.started = time.monotonic()
         self.processes: list[multiprocessing.process.BaseProcess] = []

@@ -15,10 +15,9 @@ from ep_runtime.errors import EpError, SequenceError, ShapeError
 from ep_runtime.faults import fatal_error, routing_error
 from ep_runtime.memory.base import log
 from ep_runtime.native import _C
-from ep_runtime.world import World
+from ep_runtime.world import MAX_LIMIT_S, World, is_time
 
 LEAST_BUDGET_S = 1e-6
-MAX_BUDGET_S = 86400.0
 CLOSE_TIMEOUT_S = 10.0  # how long close() waits for peers before it keeps what they may write to
 
 M = TypeVar("M", bound="Member")
@@ -106,11 +105,10 @@ class Member(ABC):
 
     def set_time_budget(self, seconds: float) -> None:
         """Bound every wait from now on, replays included. Synchronises; not for captured code."""
-        known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        if not known or not LEAST_BUDGET_S <= seconds <= MAX_BUDGET_S:
+        if not is_time(seconds, LEAST_BUDGET_S, MAX_LIMIT_S):
             raise ShapeError(
                 f"time budget {seconds!r} s: it must be a number from {LEAST_BUDGET_S:g} to"
-                f" {MAX_BUDGET_S:g}; 10 is usual in steady state, 60 in warm-up"
+                f" {MAX_LIMIT_S:g}; 10 is usual in steady state, 60 in warm-up"
             )
         self._apply_budget(seconds)
         self._warming_up = False

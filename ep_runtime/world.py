@@ -274,10 +274,15 @@ class World:
         return answers
 
 
+def is_time(seconds: object, least: float, most: float) -> bool:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        return False
+    return least <= seconds <= most
+
+
 def limit_of(seconds: float, most: float = MAX_LIMIT_S) -> float:
     """Of a wait. Stores count whole milliseconds, and some take 0 for no limit."""
-    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not is_number or not 0.001 <= seconds <= most:
+    if not is_time(seconds, 0.001, most):
         raise ConfigError(
             f"timeout_s={seconds!r}: it must be a number of seconds from 0.001 to {most:g}"
         )

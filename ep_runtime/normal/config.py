@@ -44,14 +44,14 @@ class NormalConfig:
 
     def __post_init__(self) -> None:
         limits = _C.limits()
-        check_size("max_tokens", self.max_tokens, 1, MAX_TOKENS)
-        check_size("max_hidden", self.max_hidden, ROW_MULTIPLE // 2, MAX_ROW_BYTES // 2)
-        check_size("max_experts", self.max_experts, 1, limits["max_experts"])
-        check_size("max_topk", self.max_topk, 1, limits["max_topk"])
+        _check("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        _check("max_hidden", self.max_hidden, ROW_MULTIPLE // 2, MAX_ROW_BYTES // 2)
+        _check("max_experts", self.max_experts, 1, limits["max_experts"])
+        _check("max_topk", self.max_topk, 1, limits["max_topk"])
         if self.pool_bytes is not None:
-            check_size("pool_bytes", self.pool_bytes, 0, 1 << 44)
+            _check("pool_bytes", self.pool_bytes, 0, 1 << 44)
         if self.ranks_per_node is not None:
-            check_size("ranks_per_node", self.ranks_per_node, 1, limits["max_ranks"])
+            _check("ranks_per_node", self.ranks_per_node, 1, limits["max_ranks"])
         if self.between_nodes not in get_args(BetweenNodes):
             raise ConfigError(
                 f"between_nodes={self.between_nodes!r}: it must be one of {get_args(BetweenNodes)}"
@@ -59,7 +59,7 @@ class NormalConfig:
 
     def validate_for(self, num_ranks: int) -> None:
         """Raise ConfigError unless a group of `num_ranks` ranks can use this configuration."""
-        check_size("num_ranks", num_ranks, 1, _C.limits()["max_ranks"])
+        _check("num_ranks", num_ranks, 1, _C.limits()["max_ranks"])
         if self.max_experts < num_ranks:
             raise ConfigError(
                 f"max_experts={self.max_experts} for num_ranks={num_ranks}: every rank owns an"
@@ -128,7 +128,7 @@ def inbox_bytes(rows: int, hidden: int, topk: int) -> int:
     return _C.normal_inbox(rows, hidden, topk)["bytes"]
 
 
-def check_size(name: str, value: object, low: int, high: int) -> None:
+def _check(name: str, value: object, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         raise ConfigError(
             f"{name}={value!r}: it must be an integer from {low} to {high}; build the NormalBuffer"

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 from ep_runtime.errors import CaptureError
 from ep_runtime.memory.base import log
-from ep_runtime.normal.config import HEAP_STEP, check_size
+from ep_runtime.normal.config import HEAP_STEP
 from ep_runtime.normal.heap import DataHeap, HeapSizes
 from ep_runtime.normal.rank import NormalRank
-from ep_runtime.normal.validate import MAX_ROW_BYTES, MAX_TOKENS, ROW_MULTIPLE
 
 
 class GrowingRank(NormalRank):
@@ -28,16 +27,15 @@ class GrowingRank(NormalRank):
         """
         self._check_fatal()
         old = self.config
-        for name, given, low, high in (
-            ("max_tokens", max_tokens, 1, MAX_TOKENS),
-            ("max_hidden", max_hidden, ROW_MULTIPLE // 2, MAX_ROW_BYTES // 2),
-        ):
-            if given is not None:
-                check_size(name, given, low, high)
+        asked = replace(  # which checks them
+            old,
+            max_tokens=old.max_tokens if max_tokens is None else max_tokens,
+            max_hidden=old.max_hidden if max_hidden is None else max_hidden,
+        )
         config = replace(
             old,
-            max_tokens=max(old.max_tokens, max_tokens or 0),
-            max_hidden=max(old.max_hidden, max_hidden or 0),
+            max_tokens=max(old.max_tokens, asked.max_tokens),
+            max_hidden=max(old.max_hidden, asked.max_hidden),
         )
         config.validate_for(self.num_ranks)
         # Of the parts as well: one may have grown before another fails.

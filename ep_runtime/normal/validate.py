@@ -45,7 +45,7 @@ def wrong(what: str, value: object, wanted: object, remedy: str) -> NoReturn:
     raise ShapeError(f"{what} is {value}, it must be {wanted}; {remedy}")
 
 
-def _tensor(name: str, value: object) -> None:
+def require_tensor(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         wrong(name, type(value).__name__, "a tensor", "convert it, or leave out what may be None")
 
@@ -71,7 +71,7 @@ class Checker:
         if isinstance(x, tuple) and len(x) != 2:
             wrong("x", f"a tuple of {len(x)}", "a tensor or (x, scales)", "pass both, or x alone")
         rows, scales = x if isinstance(x, tuple) else (x, None)
-        _tensor("x", rows)
+        require_tensor("x", rows)
         size = rows.element_size()
         if rows.dtype is not torch.bfloat16 and size != 1:
             wrong("x.dtype", rows.dtype, "bfloat16 or one byte wide", "convert or quantise x")
@@ -80,7 +80,7 @@ class Checker:
             wrong("x.shape[0]", rows.shape[0], f"at most {MAX_TOKENS}", "dispatch fewer tokens")
         if scales is None:
             return Outgoing(rows, stride, row_bytes, None, 0, 0, 0)
-        _tensor("scales", scales)
+        require_tensor("scales", scales)
         self._on_device("scales", scales)
         if scales.dtype not in SCALE_DTYPES:
             wrong("scales.dtype", scales.dtype, "float32 or int32", "convert or pack them")
@@ -98,7 +98,7 @@ class Checker:
 
     def combined_rows(self, x: torch.Tensor, handle: NormalHandle) -> tuple[int, int]:
         """x of a combine; returns (stride in bytes, channels)."""
-        _tensor("x", x)
+        require_tensor("x", x)
         if x.dtype is not torch.bfloat16:
             wrong("x.dtype", x.dtype, torch.bfloat16, "convert with x.bfloat16()")
         _, stride = self._row_bytes("x", x)
@@ -122,7 +122,7 @@ class Checker:
 
     def routes(self, topk_idx: torch.Tensor, rows: int | None = None) -> int:
         """topk_idx [T, K]; returns K."""
-        _tensor("topk_idx", topk_idx)
+        require_tensor("topk_idx", topk_idx)
         if topk_idx.dtype not in IDX_DTYPES:
             wrong("topk_idx.dtype", topk_idx.dtype, "int64 or int32", "convert it")
         self._table("topk_idx", topk_idx, rows, "one row per row of x")
@@ -139,7 +139,7 @@ class Checker:
         remedy: str = "one row per row of x",
     ) -> None:
         """remedy: for another number of rows."""
-        _tensor("topk_weights", topk_weights)
+        require_tensor("topk_weights", topk_weights)
         if topk_weights.dtype is not torch.float32:
             wrong("topk_weights.dtype", topk_weights.dtype, torch.float32, "convert with .float()")
         self._table("topk_weights", topk_weights, rows, remedy)
@@ -153,7 +153,7 @@ class Checker:
         if not isinstance(layout, Layout):
             wrong("layout", type(layout).__name__, "a Layout", remedy)
         if num_experts is None:
-            _tensor("layout.tokens_per_expert", layout.tokens_per_expert)
+            require_tensor("layout.tokens_per_expert", layout.tokens_per_expert)
             num_experts = layout.tokens_per_expert.numel()
         self.experts(num_experts)
         for name, shape, dtype in (
@@ -162,7 +162,7 @@ class Checker:
             ("is_token_in_rank", (rows, self.num_ranks), torch.bool),
         ):
             tensor: torch.Tensor = getattr(layout, name)
-            _tensor(f"layout.{name}", tensor)
+            require_tensor(f"layout.{name}", tensor)
             if tensor.shape != shape or tensor.dtype is not dtype:
                 value = f"{list(tensor.shape)} {tensor.dtype}"
                 wrong(f"layout.{name}", value, f"{list(shape)} {dtype}", remedy)
@@ -240,7 +240,7 @@ class Checker:
             wrong("num_worst_tokens", num_worst_tokens, f"0 to {most}", "give 0 for exact sizes")
 
     def _result(self, name: str, tensor: torch.Tensor, shape: tuple[int, int]) -> None:
-        _tensor(name, tensor)
+        require_tensor(name, tensor)
         if tensor.dtype is not torch.bfloat16:
             wrong(f"{name}.dtype", tensor.dtype, torch.bfloat16, "use bfloat16")
         if tensor.shape != shape:

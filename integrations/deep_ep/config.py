@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ep_runtime import env
-from ep_runtime.errors import ConfigError, ShapeError
+from ep_runtime.errors import ConfigError
 from ep_runtime.native import _C
 
 ALIGNMENT = 128  # bytes: DeepEP users round and check buffer sizes to this
@@ -105,12 +105,6 @@ def plain(value: Any) -> Any:
         return int(operator.index(value))
     except TypeError:
         return value
-
-
-def check_tensors(**given: object) -> None:
-    for name, value in given.items():
-        if not isinstance(value, torch.Tensor):
-            raise ShapeError(f"{name} is a {type(value).__name__}: pass a tensor")
 
 
 def check_num_sms(num_sms: object) -> int:

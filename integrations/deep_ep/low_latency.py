@@ -12,7 +12,7 @@ from ep_runtime.buffer import Buffer as EpBuffer
 from ep_runtime.config import EpConfig
 from ep_runtime.errors import ConfigError, SequenceError, ShapeError
 from ep_runtime.handles import Received
-from ep_runtime.integrations.deep_ep.config import check_tensors, plain
+from ep_runtime.integrations.deep_ep.config import plain
 from ep_runtime.integrations.deep_ep.events import EventOverlap
 from ep_runtime.integrations.deep_ep.low_latency_handle import (
     Engine,
@@ -24,6 +24,7 @@ from ep_runtime.integrations.deep_ep.low_latency_handle import (
 from ep_runtime.integrations.deep_ep.mask import RankMask
 from ep_runtime.integrations.deep_ep.place import Place
 from ep_runtime.layout import layout_of
+from ep_runtime.normal.validate import require_tensor
 from ep_runtime.pending import Pending
 
 Hook = Callable[[], None]
@@ -126,9 +127,8 @@ class LowLatency:
                 "use_logfmt=True with zero_copy=True: rows in place cannot be encoded; pass one"
             )
         engine, routing = self._own(handle), routing_of(handle)
-        check_tensors(x=x, topk_idx=topk_idx, topk_weights=topk_weights)
-        if out is not None:
-            check_tensors(out=out)
+        require_tensor("topk_idx", topk_idx)
+        require_tensor("topk_weights", topk_weights)
         if topk_idx.shape != topk_weights.shape:
             raise ShapeError(
                 f"topk_idx is {list(topk_idx.shape)}, topk_weights is {list(topk_weights.shape)}:"
@@ -215,15 +215,17 @@ class LowLatency:
     def _engine(
         self, x: torch.Tensor, topk_idx: torch.Tensor, max_tokens: int, num_experts: int
     ) -> Engine:
-        check_tensors(x=x, topk_idx=topk_idx)
+        require_tensor("x", x)
+        require_tensor("topk_idx", topk_idx)
         if x.dim() != 2 or topk_idx.dim() != 2:
             raise ShapeError(
                 f"x is {list(x.shape)}, topk_idx is {list(topk_idx.shape)}: they must be [T, H] and"
                 " [T, K]"
             )
-        key = (plain(num_experts), topk_idx.shape[1], x.shape[1], plain(max_tokens))
+        experts, most = plain(num_experts), plain(max_tokens)
+        key = (experts, topk_idx.shape[1], x.shape[1], most)
         engine = self._engines.get(key)
-        if engine is None or not all(type(size) is int for size in key):  # 8.0 is 8 to a dict
+        if engine is None or type(experts) is not int or type(most) is not int:  # 8.0 finds 8
             engine = self._engines[key] = self._build(x, _config(*key))
         return engine
 
@@ -291,4 +293,4 @@ def _tensors(received: Received) -> list[torch.Tensor | None]:
 
 def _values(tensor: torch.Tensor) -> torch.Tensor:
     """Low-latency calls cut gradients, and DeepEP's say nothing of it."""
-    return tensor.detach() if tensor.requires_grad else tensor
+    return tensor.detach() if isinstance(tensor, torch.Tensor) and tensor.requires_grad else tensor

@@ -6,8 +6,9 @@ import torch
 
 from ep_runtime.buffer import Buffer as EpBuffer
 from ep_runtime.errors import ConfigError, ShapeError
-from ep_runtime.integrations.deep_ep.config import check_tensors, plain
+from ep_runtime.integrations.deep_ep.config import plain
 from ep_runtime.integrations.deep_ep.place import Place
+from ep_runtime.normal.validate import require_tensor
 
 
 class RankMask:
@@ -47,7 +48,7 @@ class RankMask:
     def query(self, status: torch.Tensor) -> None:
         """Write the mask into `status`, int32 [R], contiguous, in stream order. Capturable."""
         self._check_enabled("low_latency_query_mask_buffer")
-        check_tensors(mask_status=status)
+        require_tensor("mask_status", status)
         size = len(self._told)
         if status.dtype is not torch.int32 or status.shape != (size,):
             raise ShapeError(

@@ -11,10 +11,10 @@ import torch
 from ep_runtime import env
 from ep_runtime.connect import host_id
 from ep_runtime.errors import ConfigError, ShapeError
-from ep_runtime.integrations.deep_ep.config import check_tensors
 from ep_runtime.integrations.deep_ep.events import EventOverlap, check_async
 from ep_runtime.integrations.deep_ep.place import Place
 from ep_runtime.normal import Layout, NormalBuffer, NormalHandle, NormalReceived
+from ep_runtime.normal.validate import require_tensor
 from ep_runtime.world import World
 
 T = TypeVar("T")
@@ -123,7 +123,7 @@ class Normal:
         self, topk_idx: torch.Tensor, num_experts: int, flow: Flow
     ) -> tuple[Layout, torch.Tensor | None, EventOverlap]:
         """See Buffer.get_dispatch_layout: (layout, tokens per node or None, event)."""
-        check_tensors(topk_idx=topk_idx)
+        require_tensor("topk_idx", topk_idx)
         if topk_idx.dim() != 2:
             raise ShapeError(f"topk_idx is {list(topk_idx.shape)}: it must be [T, K]")
         buffer = self._get(topk_idx, topk_idx.shape[0], DEFAULT_HIDDEN)
@@ -350,7 +350,7 @@ def _rows(x: Rows) -> torch.Tensor:
             f"x is {type(x).__name__}: pass rows [T, H], or a tuple of rows and scales"
         )
     rows = _tensors(x)[0]
-    check_tensors(x=rows)
+    require_tensor("x", rows)
     if rows.dim() != 2:
         raise ShapeError(f"x is {list(rows.shape)}: it must be [T, H]; reshape the rows")
     return rows
